@@ -1,0 +1,161 @@
+"""LPIPS: a distance between images in the feature space of a frozen network.
+
+`vgg16` is the published metric: VGG16 features and the authors' linear heads. `mini` is the same formula over the
+network that ships with the package (`mini.py`), with every channel weighted alike.
+
+Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric". The heads in
+`weights/lpips_vgg16_heads.safetensors` are version 0.1 of that paper's authors (BSD-2-Clause,
+(c) 2018 Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, MissingDependencyError
+from .mini import MiniNet, load_mini, sha256_of
+
+LpipsNetwork = Literal["mini", "vgg16"]
+
+HEADS = Path(__file__).parent / "weights" / "lpips_vgg16_heads.safetensors"
+
+# Layers of torchvision's vgg16().features up to relu5_3; a number is a convolution's width, "M" a max pooling.
+VGG16_LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+VGG16_TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+
+class Vgg16(nn.Module):
+    """The convolutions of VGG16 under torchvision's names, so that its weight file loads without torchvision."""
+
+    name = "vgg16"
+    min_side = 16  # four poolings must leave a pixel
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in VGG16_LAYOUT:
+            if isinstance(width, int):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
+        self.sha256 = ""
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Five maps, `(B, 64, H, W)` to `(B, 512, H/16, W/16)`, of images `(B, 3, H, W)` in [-1, 1]."""
+        x = (images - self.shift) / self.scale
+        maps = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i in VGG16_TAPS:
+                maps.append(x)
+        return maps
+
+
+def load_vgg16(weights: str | Path | None = None) -> Vgg16:
+    """VGG16's convolutions from a local file (`.safetensors`, or torchvision's `.pth`), or downloaded by torchvision.
+
+    Raises:
+        CheckpointError: the file is missing or does not hold VGG16.
+        MissingDependencyError: no file was given and torchvision is not installed.
+    """
+    network = Vgg16()
+    if weights is None:
+        try:
+            from torchvision.models import VGG16_Weights  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise MissingDependencyError(
+                "LPIPS with vgg16 and no local weights needs torchvision: pip install 'hieratok[eval]', "
+                "or set loss.lpips_weights to a file with torchvision's VGG16 weights"
+            ) from error
+        tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    else:
+        path = Path(weights)
+        if not path.is_file():
+            raise CheckpointError(f"no VGG16 weights at {path}")
+        is_safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    prefix = "features."
+    kept = {f"layers.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        network.load_state_dict(kept)
+    except RuntimeError as error:
+        raise CheckpointError(f"{weights} does not hold the convolutions of torchvision's VGG16: {error}") from error
+    network.sha256 = sha256_of(Path(weights)) if weights else _sha256_of_tensors(kept)
+    return network.requires_grad_(False).eval()
+
+
+def _sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+FeatureNetwork = MiniNet | Vgg16
+
+
+class LPIPS(nn.Module):
+    """Distance of two batches of images; frozen.
+
+    Attributes:
+        name: the network's name, which goes with every figure made by it.
+        sha256: of the network's weights.
+        min_side: the smallest image side that it can look at.
+    """
+
+    def __init__(self, network: LpipsNetwork = "mini", weights: str | Path | None = None) -> None:
+        """`weights`: a local file of the network; None is the shipped one (`mini`) or torchvision's (`vgg16`)."""
+        super().__init__()
+        if network not in NETWORKS:
+            raise ConfigError(f"lpips network '{network}' is none of {', '.join(NETWORKS)}")
+        self.network: FeatureNetwork = NETWORKS[network](weights)
+        self.name: str = self.network.name
+        self.sha256: str = self.network.sha256
+        self.min_side: int = self.network.min_side
+        if network == "vgg16":
+            heads = load_file(HEADS)
+            for i in range(len(VGG16_TAPS)):
+                self.register_buffer(f"head{i}", heads[f"head{i}"].view(1, -1, 1, 1), persistent=False)
+        self.has_heads = network == "vgg16"
+
+    def train(self, mode: bool = True) -> LPIPS:
+        """Stays in evaluation mode: the network is frozen."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """`(B,)` distances >= 0 between two batches `(B, 3, H, W)` in [-1, 1]; gradients flow to `images` only.
+
+        The convolutions follow the ambient autocast; what is compared is float32.
+        """
+        with torch.no_grad():
+            target_maps = self.network.features(targets)
+        distance = images.new_zeros(len(images), dtype=torch.float32)
+        for i, (a, b) in enumerate(zip(self.network.features(images), target_maps, strict=True)):
+            difference = (unit_norm(a) - unit_norm(b)).square()
+            if self.has_heads:
+                difference = difference * getattr(self, f"head{i}")
+            distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+
+def unit_norm(maps: Tensor, eps: float = 1e-8) -> Tensor:
+    """Maps `(B, C, h, w)` in float32 with vectors of unit length at every position."""
+    maps = maps.float()
+    return maps * torch.rsqrt(maps.square().sum(dim=1, keepdim=True) + eps)
+
+
+NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {"mini": load_mini, "vgg16": load_vgg16}

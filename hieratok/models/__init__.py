@@ -1,0 +1,1 @@
+"""The networks. They import torch, diffusers' mixins and each other, nothing of training."""

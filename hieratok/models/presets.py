@@ -1,0 +1,86 @@
+"""Named architectures: what `HieraTok(**PRESETS["f16d16"])` takes. Recipes in `hieratok/configs` refer to them.
+
+`f16d16` reads: 16 pixels per latent side, 16 latent channels. Only what differs from HieraTok's defaults, which are
+Table 10, is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import suggest
+from ..errors import ConfigError
+from .tokenizer import HieraTok
+
+MULTI = [1, 2, 4, 8, 16]
+
+# Small models for CPUs: the shape of the paper's, encoder smaller than decoder, at a fraction of its width.
+SMALL = {"encoder_num_layers": 3, "encoder_hidden_size": 256, "encoder_num_heads": 4,
+         "decoder_num_layers": 6, "decoder_hidden_size": 256, "decoder_num_heads": 4,
+         "decoder_drop_path_rate": 0.0}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Table 2
+    "f16d16": {"scales": MULTI, "latent_channels": 16},
+    "f16d16-single": {"scales": [16], "latent_channels": 16},
+    "f16d32": {"scales": MULTI, "latent_channels": 32},
+    "f16d32-single": {"scales": [16], "latent_channels": 32},
+    # Table 3: downsampler x attention pattern (conv + scale-causal is f16d16)
+    "f16d16-conv-independent": {"scales": MULTI, "attention_pattern": "scale_independent"},
+    "f16d16-conv-full": {"scales": MULTI, "attention_pattern": "full"},
+    "f16d16-interpolation-causal": {"scales": MULTI, "downsampler": "interpolation"},
+    "f16d16-interpolation-independent": {
+        "scales": MULTI, "downsampler": "interpolation", "attention_pattern": "scale_independent",
+    },
+    "f16d16-interpolation-full": {"scales": MULTI, "downsampler": "interpolation", "attention_pattern": "full"},
+    # Table 4: sets of scales ([1, 2, 4, 8, 16] is f16d16, [16] is f16d16-single)
+    "f16d16-3coarse": {"scales": [1, 2, 4, 16]},
+    "f16d16-6scales": {"scales": [1, 2, 4, 8, 12, 16]},
+    # Small
+    "small-64": {**SMALL, "image_size": 64, "patch_size": 8, "latent_channels": 16, "scales": [1, 2, 4, 8]},
+    "small-64-single": {**SMALL, "image_size": 64, "patch_size": 8, "latent_channels": 16, "scales": [8]},
+    "small-32": {**SMALL, "image_size": 32, "patch_size": 4, "latent_channels": 8, "scales": [1, 2, 4, 8]},
+    "small-32-single": {**SMALL, "image_size": 32, "patch_size": 4, "latent_channels": 8, "scales": [8]},
+}  # fmt: skip
+
+
+def model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of `{"preset": NAME, **changes}`, checked against HieraTok's signature.
+
+    Raises:
+        ConfigError: an unknown preset or field (the nearest is named).
+    """
+    changes = dict(values)
+    name = changes.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"no model preset '{name}'{suggest(str(name), PRESETS)}")
+    parameters = inspect.signature(HieraTok.__init__).parameters
+    known = {key: p.default for key, p in parameters.items() if key != "self"}
+    for key in changes:
+        if key not in known:
+            raise ConfigError(f"unknown key 'model.{key}'{suggest(key, ['preset', *known])}")
+    return {**known, **(PRESETS[name] if name else {}), **changes}
+
+
+def create_model(name: str, **changes: Any) -> HieraTok:
+    """A freshly initialised model: `create_model("f16d16", latent_channels=8)`.
+
+    Raises:
+        ConfigError: an unknown preset or field, or numbers that do not fit together.
+    """
+    return build_model({"preset": name, **changes})
+
+
+def build_model(values: Mapping[str, Any]) -> HieraTok:
+    """A freshly initialised model from the `model` section of a recipe.
+
+    Raises:
+        ConfigError: an unknown preset or field, or numbers that do not fit together.
+    """
+    fields = model_fields(values)
+    try:
+        return HieraTok(**fields)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from error

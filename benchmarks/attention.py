@@ -56,7 +56,7 @@ def main() -> None:
                     shape = (batch, layout.num_tokens, 3, heads, head_dim)
                     qkv = torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True)
 
-                    def forward(qkv: Tensor = qkv, attend=attend) -> Tensor:
+                    def forward(qkv: Tensor = qkv, attend=attend, layout=layout, pattern=pattern) -> Tensor:
                         q, k, v = qkv.permute(2, 0, 3, 1, 4)
                         return attend(q, k, v, layout, pattern)
 

@@ -1,4 +1,4 @@
-"""Configuration as data with types: frozen dataclasses, YAML recipes that show only what differs, `key=value` overrides.
+"""Configuration as data with types: frozen dataclasses, YAML recipes of what differs, `key=value` overrides.
 
 Dataclasses live beside what reads them; this module only turns mappings into them, strictly. An unknown key, a value
 of the wrong type or a recipe that does not exist is a `ConfigError` that names the nearest valid choice.

@@ -8,7 +8,6 @@ accuracy. Its figures are not comparable with those of VGG16 or Inception, hence
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -86,7 +85,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@lru_cache(maxsize=4)
 def load_mini(weights: str | Path | None = None) -> MiniNet:
     """The frozen network in evaluation mode, from the package or from a safetensors file.
 

@@ -1,7 +1,8 @@
 """LPIPS: a distance between images in the feature space of a frozen network.
 
 `vgg16` is the published metric: VGG16 features and the authors' linear heads. `mini` is the same formula over the
-network that ships with the package (`mini.py`), with every channel weighted alike.
+network that ships with the package (`mini.py`), with one weight for all channels, chosen so that the distance is the
+mean of 1 - cosine over positions and layers and lies in [0, 1], the range of the published one in practice.
 
 Source: Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric". The heads in
 `weights/lpips_vgg16_heads.safetensors` are version 0.1 of that paper's authors (BSD-2-Clause,
@@ -28,6 +29,7 @@ HEADS = Path(__file__).parent / "weights" / "lpips_vgg16_heads.safetensors"
 
 # Layers of torchvision's vgg16().features up to relu5_3; a number is a convolution's width, "M" a max pooling.
 VGG16_LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+MINI_HEAD = 0.1  # |a - b|^2 = 2 (1 - cos) for unit vectors, and there are five layers
 VGG16_TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
 
@@ -126,11 +128,9 @@ class LPIPS(nn.Module):
         self.name: str = self.network.name
         self.sha256: str = self.network.sha256
         self.min_side: int = self.network.min_side
-        if network == "vgg16":
-            heads = load_file(HEADS)
-            for i in range(len(VGG16_TAPS)):
-                self.register_buffer(f"head{i}", heads[f"head{i}"].view(1, -1, 1, 1), persistent=False)
-        self.has_heads = network == "vgg16"
+        heads = load_file(HEADS) if network == "vgg16" else {f"head{i}": torch.tensor([MINI_HEAD]) for i in range(5)}
+        for name, weights_of_channels in heads.items():
+            self.register_buffer(name, weights_of_channels.view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> LPIPS:
         """Stays in evaluation mode: the network is frozen."""
@@ -145,9 +145,7 @@ class LPIPS(nn.Module):
             target_maps = self.network.features(targets)
         distance = images.new_zeros(len(images), dtype=torch.float32)
         for i, (a, b) in enumerate(zip(self.network.features(images), target_maps, strict=True)):
-            difference = (unit_norm(a) - unit_norm(b)).square()
-            if self.has_heads:
-                difference = difference * getattr(self, f"head{i}")
+            difference = (unit_norm(a) - unit_norm(b)).square() * getattr(self, f"head{i}")
             distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
         return distance
 

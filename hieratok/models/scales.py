@@ -38,7 +38,7 @@ class ScaleLayout:
             raise ValueError(f"scales must be increasing positive sides, got {list(scales)}")
         if sides[-1] != grid_side:
             raise ValueError(
-                f"scales {list(sides)} must end in the side of the latent, which is {grid_side} (image_size / patch_size)"
+                f"scales {list(sides)} must end in the side of the latent: image_size / patch_size = {grid_side}"
             )
         return cls(sides)
 

@@ -1,6 +1,6 @@
 """HieraTok: a multi-scale vision-transformer autoencoder. Reads top to bottom like Figure 2 of the paper.
 
-    images -> encoder -> posterior -> latents -> downsampler -> one token map per scale -> decoder -> one image per scale
+    images -> encoder -> posterior -> latents -> downsampler -> token map per scale -> decoder -> image per scale
 
 Shapes: B batch, H W pixels, h w the latent grid (H / patch_size), d latent channels, D hidden size, N tokens,
 s the side of a scale's token map, p the patch size.
@@ -44,7 +44,7 @@ class HieraTokDecoderOutput(DecoderOutput):
 
 @dataclass
 class HieraTokOutput(BaseOutput):
-    """What training looks at: the images of `HieraTokDecoderOutput`, the posterior, and the latents that were decoded."""
+    """What training looks at: the images of `HieraTokDecoderOutput`, the posterior, and the decoded latents."""
 
     sample: Tensor
     scales: tuple[Tensor, ...]
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         return tuple(images)
 
     def positions(self, scale: int, side: int) -> Tensor:
-        """The spatial table area-interpolated to `side`, plus the vector of the scale: `(1, D, side, side)` (App. E)."""
+        """The spatial table area-interpolated to `side`, plus the scale's vector: `(1, D, side, side)` (App. E)."""
         return F.adaptive_avg_pool2d(self.position, side) + self.scale_embedding[scale].view(1, -1, 1, 1)
 
     def unpatchify(self, patches: Tensor, side: int) -> Tensor:
@@ -266,7 +266,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
         side = self.config.image_size
         if images.shape[1:] != (self.config.in_channels, side, side):
             raise ValueError(
-                f"images must be (B, {self.config.in_channels}, {side}, {side}) for this model, got {tuple(images.shape)}"
+                f"images must be (B, {self.config.in_channels}, {side}, {side}), got {tuple(images.shape)}"
             )
         posterior = DiagonalGaussianDistribution(self.encoder(images, generator))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -326,9 +326,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.latents_mean is None or self.config.latents_std is None:
-            raise ValueError(
-                "this model has no latents_mean and latents_std; training measures and stores them at its end"
-            )
+            raise ValueError("this model has no latents_mean and latents_std; training stores them at its end")
         mean, std = (
             latents.new_tensor(v).view(1, -1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std)
         )

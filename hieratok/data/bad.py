@@ -1,0 +1,59 @@
+"""Bad images: counted, listed with their reason, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """An image that could not be used."""
+
+    index: int
+    key: str
+    reason: str
+
+
+class BadSamples:
+    """The distinct bad images of a run, listed in `bad_images.jsonl` where a path is given."""
+
+    def __init__(self, length: int, max_fraction: float, path: Path | None = None) -> None:
+        self.allowed = math.floor(length * max_fraction)
+        self.length, self.max_fraction, self.path = length, max_fraction, path
+        self.seen: dict[int, BadSample] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                sample = BadSample(**json.loads(line))
+                self.seen[sample.index] = sample
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def add(self, samples: Iterable[BadSample]) -> list[BadSample]:
+        """Record those not seen before, and return them.
+
+        Raises:
+            DataError: more than the allowed part of the set is bad.
+        """
+        new = []
+        for sample in samples:
+            if sample.index not in self.seen:
+                self.seen[sample.index] = sample
+                new.append(sample)
+        if new and self.path is not None:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in new)
+        if len(self.seen) > self.allowed:
+            last = next(reversed(self.seen.values()))
+            listed = f"they are listed in {self.path}" if self.path else f"the last one is {last.key}: {last.reason}"
+            raise DataError(
+                f"{len(self.seen)} of {self.length} images are bad, more than data.max_bad_fraction = "
+                f"{self.max_fraction:g} allows; {listed}. Repair or remove them, or allow more"
+            )
+        return new

@@ -1,0 +1,162 @@
+"""Batches of a source: the endless seeded stream of training, and one ordered pass for evaluation."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DataError
+from .bad import BadSample, BadSamples
+from .decode import BadImage
+from .frame import Frame
+from .order import MicroBatches, replacement, sample_seed
+from .source import ImageSource
+
+ATTEMPTS = 20  # stand-ins tried for a bad image before giving up
+
+
+class Batch(NamedTuple):
+    """`images` uint8 `(B, 3, S, S)`, `labels` and `indices` int64 `(B,)`, and per sample its key and its seed.
+
+    `bad`: the images that could not be used while this batch was put together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    keys: list[str]
+    seeds: list[int]
+    bad: list[BadSample]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on its way to a batch."""
+
+    pixels: np.ndarray
+    label: int
+    index: int
+    key: str
+    seed: int
+
+
+class _Samples(Dataset):
+    """What the loader's workers do for one (epoch, index)."""
+
+    def __init__(self, source: ImageSource, frame: Frame, seed: int, training: bool) -> None:
+        self.source, self.frame, self.seed, self.training = source, frame, seed, training
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Sample | None, list[BadSample]]:
+        epoch, wanted = position
+        bad: list[BadSample] = []
+        for attempt in range(ATTEMPTS if self.training else 1):
+            index = replacement(len(self.source), wanted, attempt) if attempt else wanted
+            seed = sample_seed(self.seed, epoch, index)
+            try:
+                pixels = self.source.pixels(index, self.frame, random.Random(seed) if self.training else None)
+            except BadImage as error:
+                bad.append(BadSample(index, self.source.key(index), str(error)))
+            else:
+                return Sample(pixels, self.source.label(index), index, self.source.key(index), seed), bad
+        return None, bad
+
+
+def _collate(items: list[tuple[Sample | None, list[BadSample]]]) -> Batch:
+    samples = [sample for sample, _ in items if sample is not None]
+    bad = [entry for _, entries in items for entry in entries]
+    side = samples[0].pixels.shape[0] if samples else 0
+    pixels = np.stack([s.pixels for s in samples]) if samples else np.empty((0, side, side, 3), np.uint8)
+    return Batch(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([s.label for s in samples], dtype=torch.int64),
+        torch.tensor([s.index for s in samples], dtype=torch.int64),
+        [s.key for s in samples],
+        [s.seed for s in samples],
+        bad,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def train_loader(
+    source: ImageSource,
+    frame: Frame,
+    *,
+    seed: int,
+    batch_size: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    num_workers: int = 0,
+) -> DataLoader[Batch]:
+    """This process's micro-batches from position `start` of the stream on, without end.
+
+    What a batch holds depends on (source, frame, seed, position) only. A bad image is replaced by another and
+    named in `Batch.bad`.
+
+    Raises:
+        DataError: the source is empty.
+    """
+    if len(source) == 0:
+        raise DataError(f"{source.name} holds no images")
+    batches = MicroBatches(
+        len(source), seed, batch_size, accumulation=accumulation, rank=rank, world_size=world_size, start=start
+    )
+    return _loader(_Samples(source, frame, seed, training=True), batches, num_workers)
+
+
+def eval_loader(
+    source: ImageSource,
+    image_size: int,
+    batch_size: int,
+    *,
+    frame: Frame | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    start: int = 0,
+    seed: int = 0,
+    max_bad_fraction: float = 0.01,
+) -> Iterator[Batch]:
+    """Every image of [start, limit) once, in order; process `rank` takes every `world_size`-th of them.
+
+    Centre-cropped and unvaried, whatever `frame` says of training. A bad image is left out and named in `Batch.bad`.
+
+    Raises:
+        DataError: more than `max_bad_fraction` of the images are bad.
+    """
+    frame = frame or Frame(image_size)
+    length = len(source) if limit is None else min(limit, len(source))
+    indices = range(start + rank, length, world_size)
+    batches = [[(0, i) for i in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
+    bad = BadSamples(length, max_bad_fraction)
+    for batch in _loader(_Samples(source, frame, seed, training=False), batches, num_workers):
+        bad.add(batch.bad)
+        if len(batch.indices):
+            yield batch
+
+
+def _loader(samples: _Samples, batches: Any, num_workers: int) -> DataLoader[Batch]:
+    # More workers than cores only take turns; the sampler's order makes the number immaterial to the result.
+    num_workers = min(num_workers, os.cpu_count() or 1)
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,127 @@
+"""From a word on the command line to a source, and from one source to its training and validation parts."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from .frame import Crop, Frame
+from .source import ImageSource, Subset
+
+Split = Literal["train", "val", "all"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images of a run.
+
+    `source`: `openmoji`, an image folder, or Parquet or tar files (a file, a folder of them, or a pattern).
+    `val_source`: the held-out images; None keeps `val_fraction` of the source apart, chosen by a hash of each image's
+    name, so that it stays the same whatever else is in the set.
+    """
+
+    source: str = "openmoji"
+    val_source: str | None = None
+    val_fraction: float = 0.05
+    crop: Crop = "center"
+    flip: bool = False
+    augment: bool = True
+    background: str = "white"
+    max_pixels: int = 64_000_000
+    max_bad_fraction: float = 0.01
+    num_workers: int = 1
+    max_train_images: int | None = None
+    max_val_images: int | None = None
+
+    def frame(self, image_size: int) -> Frame:
+        """How its images become squares of `image_size` pixels."""
+        return Frame(image_size, self.crop, self.flip, self.augment, self.background, self.max_pixels)
+
+    def open(self, split: Split) -> ImageSource:
+        """The training or the validation part.
+
+        Raises:
+            DataError: nothing is there, or it cannot be read.
+        """
+        if split == "val" and self.val_source is not None:
+            source = open_source(self.val_source)
+        elif self.val_source is not None:
+            source = open_source(self.source)
+        else:
+            source = open_source(self.source, split, self.val_fraction)
+        limit = self.max_val_images if split == "val" else self.max_train_images
+        return source if limit is None or limit >= len(source) else Subset(source, range(limit), f"first {limit}")
+
+
+def open_source(spec: str | Path, split: Split = "all", val_fraction: float = 0.05) -> ImageSource:
+    """The images that `spec` names (see `DataConfig.source`), or one part of them.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or the part would be empty.
+        ConfigError: a fraction outside 0 to 1.
+    """
+    source = _open(str(spec))
+    if split == "all":
+        return source
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"data.val_fraction is {val_fraction}; it must lie between 0 and 1")
+    held = _held_out(source, val_fraction)
+    chosen = np.flatnonzero(held if split == "val" else ~held)
+    if len(chosen) == 0:
+        raise DataError(
+            f"{source.name} holds {len(source)} images, too few to keep {val_fraction:.0%} of them apart for "
+            f"validation; give data.val_source or a larger data.val_fraction"
+        )
+    return Subset(source, chosen, split)
+
+
+def _open(spec: str) -> ImageSource:
+    if spec == "openmoji":
+        from .openmoji import OpenMojiSource
+
+        return OpenMojiSource()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+        for suffix in (".parquet", ".tar"):
+            shards = [file for file in files if file.suffix == suffix]
+            if shards:
+                return _open_shards(shards, spec)
+        from .folder import FolderSource
+
+        return FolderSource(path)
+    shards = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(os.path.expanduser(spec)))
+    if not shards:
+        raise DataError(
+            f"no images at '{spec}': it is neither 'openmoji' nor a folder, nor a .parquet or .tar file or pattern"
+        )
+    return _open_shards(shards, spec)
+
+
+def _open_shards(paths: Sequence[Path], name: str) -> ImageSource:
+    suffixes = {path.suffix for path in paths}
+    if suffixes == {".parquet"}:
+        from .parquet import ParquetSource
+
+        return ParquetSource(paths, name)
+    if suffixes == {".tar"}:
+        from .tar import TarSource
+
+        return TarSource(paths, name)
+    raise DataError(f"'{name}' means files of the kinds {', '.join(sorted(suffixes))}; give .parquet or .tar files")
+
+
+def _held_out(source: ImageSource, fraction: float) -> np.ndarray:
+    """A mask of the validation images: those whose name hashes below the fraction."""
+    name_of = getattr(source, "base", source.key)  # variants of one emoji stay on one side
+    hashes = [hashlib.blake2b(name_of(i).encode("utf-8", "surrogateescape"), digest_size=8).digest()
+              for i in range(len(source))]  # fmt: skip
+    return np.array([int.from_bytes(h, "little") for h in hashes], dtype=np.float64) < fraction * 2.0**64

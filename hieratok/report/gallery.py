@@ -1,0 +1,118 @@
+"""Reconstructions at every scale beside their originals, as PNG images inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError
+from ..models.tokenizer import HieraTok
+
+ERROR_CEILING = 0.25  # of the full range; what differs by this much or more is the map's lightest colour
+ERROR_STOPS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """One image as data URIs. `scales` are its reconstructions coarse to fine at their own sizes; `psnr` in dB."""
+
+    original: str
+    scales: tuple[str, ...]
+    error: str
+    psnr: float
+
+    @property
+    def reconstruction(self) -> str:
+        """The finest scale."""
+        return self.scales[-1]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """`sides`: of the token maps, coarse to fine; `pixels`: sides of the images painted from them."""
+
+    sides: tuple[int, ...]
+    pixels: tuple[int, ...]
+    rows: tuple[GalleryRow, ...]
+
+
+def build_gallery(model: HieraTok, images: Sequence[Tensor | np.ndarray] | Tensor) -> Gallery:
+    """What the model makes of images at each of its scales, decoded from the posterior's mode.
+
+    Args:
+        model: any device and precision; its training mode is left as it was.
+        images: uint8 images of the model's size, tensors `(3, S, S)` or arrays `(S, S, 3)`.
+
+    Raises:
+        DataError: no images, or of another size or type than the model's.
+    """
+    batch = _batch(images, model.config.image_size)
+    weight = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = (batch.float() / 127.5 - 1).to(weight.device, weight.dtype)
+            decoded = model.decode(model.encode(inputs).latent_dist.mode()).scales
+    finally:
+        model.train(training)
+    scales = [((image.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8) for image in decoded]
+    rows = []
+    for i, original in enumerate(batch):
+        difference = (scales[-1][i].float() - original.float()).abs() / 255
+        rows.append(
+            GalleryRow(
+                original=png_uri(hwc(original)),
+                scales=tuple(png_uri(hwc(scale[i])) for scale in scales),
+                error=png_uri(error_map(difference.mean(dim=0).numpy())),
+                psnr=psnr(float(difference.square().mean())),
+            )
+        )
+    return Gallery(model.layout.sides, tuple(scale.shape[-1] for scale in scales), tuple(rows))
+
+
+def _batch(images: Sequence[Tensor | np.ndarray] | Tensor, side: int) -> Tensor:
+    """`(B, 3, S, S)` uint8."""
+    chw = [torch.from_numpy(np.array(i)).permute(2, 0, 1) if isinstance(i, np.ndarray) else i.cpu() for i in images]
+    if not chw:
+        raise DataError("the gallery needs at least one image; give images, or leave model and images out")
+    for image in chw:
+        if image.dtype != torch.uint8 or tuple(image.shape) != (3, side, side):
+            raise DataError(
+                f"the gallery needs uint8 images of 3 x {side} x {side}, the model's size, "
+                f"got {image.dtype} {tuple(image.shape)}; resize them first"
+            )
+    return torch.stack(chw)
+
+
+def psnr(mean_square: float) -> float:
+    """Of values in [0, 1], in dB; infinite for equal images."""
+    return -10 * math.log10(mean_square) if mean_square > 0 else math.inf
+
+
+def hwc(image: Tensor) -> np.ndarray:
+    """`(3, H, W)` to `(H, W, 3)`."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def error_map(difference: np.ndarray) -> np.ndarray:
+    """`(H, W)` differences in [0, 1] as colours `(H, W, 3)` uint8, black where nothing differs."""
+    level = np.clip(difference / ERROR_CEILING, 0, 1)
+    stops = np.array(ERROR_STOPS, dtype=np.float64)
+    where = np.linspace(0, 1, len(stops))
+    return np.stack([np.interp(level, where, stops[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
+
+
+def png_uri(pixels: np.ndarray) -> str:
+    """A `data:` URI with the PNG of `(H, W, 3)` uint8 pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -84,8 +85,10 @@ def _collate(items: list[tuple[Sample | None, list[BadSample]]]) -> Batch:
     )
 
 
-def _one_thread(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the main process decides what it means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def train_loader(
@@ -156,7 +159,7 @@ def _loader(samples: _Samples, batches: Any, num_workers: int) -> DataLoader[Bat
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .frame import Crop, Frame
-from .source import ImageSource, Subset
+from .source import ImageSource, Subset, spread
 
 Split = Literal["train", "val", "all"]
 
@@ -58,7 +58,7 @@ class DataConfig:
         else:
             source = open_source(self.source, split, self.val_fraction)
         limit = self.max_val_images if split == "val" else self.max_train_images
-        return source if limit is None or limit >= len(source) else Subset(source, range(limit), f"first {limit}")
+        return spread(source, limit)
 
 
 def open_source(spec: str | Path, split: Split = "all", val_fraction: float = 0.05) -> ImageSource:

@@ -86,6 +86,13 @@ class Subset:
         return self.source.pixels(int(self.indices[index]), frame, rng)
 
 
+def spread(source: ImageSource, count: int | None) -> ImageSource:
+    """`count` images evenly spread over a source, which is often sorted by class; all of them for None or too few."""
+    if count is None or count >= len(source):
+        return source
+    return Subset(source, np.linspace(0, len(source) - 1, count).round().astype(np.int64), f"spread {count}")
+
+
 class PackedStrings(Sequence[str]):
     """A list of strings in one buffer.
 

@@ -1,4 +1,4 @@
-"""Feature networks for Frechet distances: `mini` (ships with the package), `inception` (the published one), or a callable.
+"""Feature networks for Frechet distances: `mini` (the package's own), `inception` (the published one), or a callable.
 
 A network is part of what a figure is: its name goes into the figure's label, its weights' hash into the protocol.
 """

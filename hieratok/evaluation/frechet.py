@@ -25,7 +25,7 @@ class GaussianSums:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        """`device`: where the sums live; Apple's GPUs have no float64, so sums of features from there live on the CPU."""
+        """`device`: where the sums live; it must know float64, as Apple's GPUs do not."""
         self.count = 0
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)

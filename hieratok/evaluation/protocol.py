@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 SAME_IMAGES = "the same images that were reconstructed"
@@ -48,6 +49,11 @@ class Protocol:
     reference: str = SAME_IMAGES
     rounding: str = "uint8"
 
+    @property
+    def grid_side(self) -> int:
+        """Side of the latent and of the finest scale's token map."""
+        return self.image_size // self.patch_size
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
         return asdict(self)
@@ -62,3 +68,11 @@ class Protocol:
             f"({self.features_sha256[:8]}), LPIPS {self.lpips} ({self.lpips_sha256[:8]}), "
             f"hieratok {self.hieratok_version}"
         )
+
+
+def package_version() -> str:
+    """The version of the installed package, "not installed" where it runs from a source tree alone."""
+    try:
+        return metadata.version("hieratok")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..config import suggest
 from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
@@ -30,7 +29,7 @@ from ..models.tokenizer import HieraTok
 from . import pairwise
 from .features import FeatureNetwork, figure_key, load_features
 from .frechet import GaussianSums, frechet_distance
-from .protocol import Protocol
+from .protocol import Protocol, package_version
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,7 +39,11 @@ Precision = Literal["fp32", "bf16"]
 
 MIN_IMAGES = 4  # two in each half of the real images
 FEW_IMAGES = 2048  # below this, a Frechet distance is mostly the bias of its small samples
-RESIZE_RULES = {"center": "shorter side resized by Lanczos, centre crop", "squash": "both sides resized by Lanczos"}
+RESIZE_RULES = {
+    "center": "shorter side resized by Lanczos, centre crop",
+    "random": "shorter side resized by Lanczos, centre crop",  # random in training only
+    "squash": "both sides resized by Lanczos",
+}
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def evaluate_reconstruction(
     progress: bool = True,
     accelerator: Accelerator | None = None,
     frame: Frame | None = None,
+    max_bad_fraction: float = 0.01,
 ) -> ReconstructionResult:
     """Reconstruct the first `num_images` of a source and compare with the originals.
 
@@ -152,6 +156,7 @@ def evaluate_reconstruction(
         progress: show a bar (on the main process).
         accelerator: of a run with several processes; each takes every n-th image and all return the same result.
         frame: how images are cropped; None is the centre.
+        max_bad_fraction: the part of the images that may be bad; they are left out.
 
     Raises:
         ConfigError: an unknown network, posterior or precision, or a frame of another size than the model's.
@@ -179,7 +184,7 @@ def evaluate_reconstruction(
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     batches = eval_loader(
         source, side, batch_size, frame=frame, num_workers=num_workers, rank=rank, world_size=world_size,
-        limit=total, seed=seed,
+        limit=total, seed=seed, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
 
     was_training = model.training
@@ -204,11 +209,11 @@ def evaluate_reconstruction(
         lpips_sha256=comparison.lpips.sha256,
         image_size=side,
         patch_size=int(model.config.patch_size),
-        resize=RESIZE_RULES.get(frame.crop, RESIZE_RULES["center"]),
+        resize=f"{RESIZE_RULES[frame.crop]}, alpha over {frame.background}",
         num_images=comparison.num_images,
         dataset=source.name,
         dataset_digest=source.digest,
-        hieratok_version=__version__,
+        hieratok_version=package_version(),
         posterior=posterior,
         seed=seed,
         precision=precision,
@@ -247,8 +252,10 @@ class _Comparison:
                 f"images of {image_size} px are too small for features={features.name}, which needs {features.min_side}"
             )
         self.features, self.lpips, self.scales = features, lpips, scales
-        self.real = [GaussianSums(features.dim), GaussianSums(features.dim)]  # even and odd positions
-        self.fake = GaussianSums(features.dim)
+        device = next(lpips.parameters()).device
+        sums_on = "cpu" if device.type == "mps" else device  # Apple's GPUs have no float64
+        self.real = [GaussianSums(features.dim, sums_on) for _ in ("even positions", "odd positions")]
+        self.fake = GaussianSums(features.dim, sums_on)
         names = ["psnr", "ssim", f"lpips_{lpips.name}", "l1"]
         self.means = {side: {name: pairwise.Mean() for name in names} for side in scales}
 
@@ -258,10 +265,11 @@ class _Comparison:
 
     def update(self, images: Tensor, reconstructions: tuple[Tensor, ...], positions: Tensor) -> None:
         """Add uint8 images `(B, 3, H, W)`, their reconstructions coarse to fine, and their positions `(B,)`."""
-        real = self.features(images).cpu()
+        real = self.features(images)
+        positions = positions.to(real.device)
         for parity, half in enumerate(self.real):
             half.update(real[positions % 2 == parity])
-        self.fake.update(self.features(reconstructions[-1]).cpu())
+        self.fake.update(self.features(reconstructions[-1]))
         for side, image in zip(self.scales, reconstructions, strict=True):
             pixels = image.shape[-1]
             target = images if pixels == images.shape[-1] else to_uint8(resize_images(to_float(images), pixels))
@@ -281,7 +289,7 @@ class _Comparison:
         """Add up the sums of all processes."""
 
         def total(sums: Tensor) -> Tensor:
-            return accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()  # type: ignore[union-attr]
+            return accelerator.reduce(sums.to(accelerator.device), reduction="sum").to(sums.device)  # type: ignore[union-attr]
 
         for gaussian in (*self.real, self.fake):
             gaussian.count = int(total(torch.tensor(gaussian.count)))

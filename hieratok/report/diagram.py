@@ -34,31 +34,31 @@ def architecture(model: Mapping[str, Any], row: GalleryRow | None = None) -> str
         _block(154, MIDDLE - 46, 122, 92, "Encoder"),
         _text(215, MIDDLE + 8, f"{model['encoder_num_layers']} layers", "soft"),
         _text(215, MIDDLE + 25, f"width {model['encoder_hidden_size']}", "soft"),
-        _arrow(282, 310),
-        *(_grid(318 + 7 * i, MIDDLE - 37 - 7 * i, 74, grid, "faint", "paper") for i in (2, 1, 0)),
-        _caption(362, MIDDLE + 58, "latent", f"{grid} × {grid} × {channels}"),
-        _text(362, MIDDLE + 90, "sampled from a", "soft", 11.5),
-        _text(362, MIDDLE + 105, "Gaussian posterior", "soft", 11.5),
-        _arrow(414, 442),
+        _arrow(284, 314),
+        *(_grid(326 + 7 * i, MIDDLE - 37 - 7 * i, 74, grid, "faint", "paper") for i in (2, 1, 0)),
+        _caption(370, MIDDLE + 58, "latent", f"{grid} × {grid} × {channels}"),
+        _text(370, MIDDLE + 90, "sampled from a", "soft", 11.5),
+        _text(370, MIDDLE + 105, "Gaussian posterior", "soft", 11.5),
+        _arrow(424, 454),
     ]
     for (y, tile), side, colour in zip(boxes, sides, colours, strict=True):
-        parts.append(_grid(504 - tile / 2, y, tile, side, colour, "paper"))
-        parts.append(_text(504 + tile / 2 + 8, y + tile / 2 + 4, f"{side} × {side}", colour, 12, "start"))
+        parts.append(_grid(528 - tile / 2, y, tile, side, colour, "paper"))
+        parts.append(_text(528 + tile / 2 + 8, y + tile / 2 + 4, f"{side} × {side}", colour, 12, "start"))
     parts += [
-        _caption(510, HEIGHT - 26, "token maps", f"{ScaleLayout(sides).num_tokens} tokens"),
-        _arrow(606, 634),
-        _block(640, MIDDLE - 112, 182, 224, "Decoder"),
-        _text(731, MIDDLE - 68, f"{model['decoder_num_layers']} layers, width {model['decoder_hidden_size']}", "soft"),
-        *_mask(731, MIDDLE + 16, 112, sides, colours, model["attention_pattern"]),
-        _text(731, MIDDLE + 96, f"{model['attention_pattern'].replace('_', '-')} attention", "soft", 11.5),
-        _arrow(828, 856),
+        _caption(528, HEIGHT - 26, "token maps", f"{ScaleLayout(sides).num_tokens} tokens"),
+        _arrow(626, 656),
+        _block(664, MIDDLE - 112, 182, 224, "Decoder"),
+        _text(755, MIDDLE - 68, f"{model['decoder_num_layers']} layers, width {model['decoder_hidden_size']}", "soft"),
+        *_mask(755, MIDDLE + 16, 112, sides, colours, model["attention_pattern"]),
+        _text(755, MIDDLE + 96, f"{model['attention_pattern'].replace('_', '-')} attention", "soft", 11.5),
+        _arrow(854, 884),
     ]
     for i, ((y, tile), side, colour) in enumerate(zip(boxes, sides, colours, strict=True)):
-        parts.append(_picture(932 - tile / 2, y, tile, row.scales[i] if row else None, colour))
-        parts.append(_text(932 + tile / 2 + 8, y + tile / 2 + 4, f"{side * p} px", colour, 12, "start"))
-    parts.append(_caption(938, HEIGHT - 26, "one image per scale", "one head paints every patch"))
+        parts.append(_picture(976 - tile / 2, y, tile, row.scales[i] if row else None, colour))
+        parts.append(_text(976 + tile / 2 + 8, y + tile / 2 + 4, f"{side * p} px", colour, 12, "start"))
+    parts.append(_caption(976, HEIGHT - 26, "one image per scale", "one head paints every patch"))
     if model["pixel_head"] != "shared":
-        parts[-1] = _caption(938, HEIGHT - 26, "one image per scale", "a head of its own for each")
+        parts[-1] = _caption(976, HEIGHT - 26, "one image per scale", "a head of its own for each")
     label = escape(f"Architecture: image, encoder, latent, token maps of sides {sides}, decoder, one image per scale")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.decode import to_float, to_uint8
+from ..engine.pictures import error_map, to_array
 from ..errors import DataError
 from ..models.tokenizer import HieraTok
-
-ERROR_CEILING = 0.25  # of the full range; what differs by this much or more is the map's lightest colour
-ERROR_STOPS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,21 @@ def build_gallery(model: HieraTok, images: Sequence[Tensor | np.ndarray] | Tenso
     model.eval()
     try:
         with torch.no_grad():
-            inputs = (batch.float() / 127.5 - 1).to(weight.device, weight.dtype)
+            inputs = to_float(batch).to(weight.device, weight.dtype)
             decoded = model.decode(model.encode(inputs).latent_dist.mode()).scales
     finally:
         model.train(training)
-    scales = [((image.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8) for image in decoded]
+    scales = [to_uint8(image).cpu() for image in decoded]
     rows = []
-    for i, original in enumerate(batch):
-        difference = (scales[-1][i].float() - original.float()).abs() / 255
+    for i, image in enumerate(batch):
+        original, pictures = to_array(image), [to_array(scale[i]) for scale in scales]
+        difference = (pictures[-1].astype(float) - original) / 255
         rows.append(
             GalleryRow(
-                original=png_uri(hwc(original)),
-                scales=tuple(png_uri(hwc(scale[i])) for scale in scales),
-                error=png_uri(error_map(difference.mean(dim=0).numpy())),
-                psnr=psnr(float(difference.square().mean())),
+                original=png_uri(original),
+                scales=tuple(png_uri(picture) for picture in pictures),
+                error=png_uri(error_map(original, pictures[-1])),
+                psnr=psnr(float(np.square(difference).mean())),
             )
         )
     return Gallery(model.layout.sides, tuple(scale.shape[-1] for scale in scales), tuple(rows))
@@ -96,19 +96,6 @@ def _batch(images: Sequence[Tensor | np.ndarray] | Tensor, side: int) -> Tensor:
 def psnr(mean_square: float) -> float:
     """Of values in [0, 1], in dB; infinite for equal images."""
     return -10 * math.log10(mean_square) if mean_square > 0 else math.inf
-
-
-def hwc(image: Tensor) -> np.ndarray:
-    """`(3, H, W)` to `(H, W, 3)`."""
-    return image.permute(1, 2, 0).numpy()
-
-
-def error_map(difference: np.ndarray) -> np.ndarray:
-    """`(H, W)` differences in [0, 1] as colours `(H, W, 3)` uint8, black where nothing differs."""
-    level = np.clip(difference / ERROR_CEILING, 0, 1)
-    stops = np.array(ERROR_STOPS, dtype=np.float64)
-    where = np.linspace(0, 1, len(stops))
-    return np.stack([np.interp(level, where, stops[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
 
 
 def png_uri(pixels: np.ndarray) -> str:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import MissingDependencyError
+from .metrics import figure
 from .palette import LIGHT, css, scale_colours
 
 Record = Mapping[str, Any]
 
 SIZE = (4.7, 2.75)  # inches; at this size the text is readable on a telephone and not loud on a desk
 FONT_SIZE = 8.0
+AXES = (0.09, 0.15, 0.73, 0.82)  # of the figure: left, bottom, width, height; names of lines stand to the right
 MIN_POINTS = 2
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": FONT_SIZE,
     "axes.edgecolor": LIGHT["rule"],
@@ -111,9 +113,8 @@ def curves(records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) 
         raise MissingDependencyError("plots need matplotlib: pip install 'hieratok[report]'") from error
     name = "-".join(line.key.replace("/", "-") for line in lines)
     with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE)
-        named = any(line.name for line in lines)
-        axes = figure.add_axes((0.095, 0.15, 0.79 if named else 0.89, 0.82))
+        canvas = Figure(figsize=SIZE)
+        axes = canvas.add_axes(AXES)
         ends = []
         for line in lines:
             x, y = series(records, line.key)
@@ -127,15 +128,17 @@ def curves(records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) 
         if logarithmic:
             axes.set_yscale("log")
         _ticks(axes, logarithmic)
-        axes.margins(x=0.01)
+        axes.set_xlim(left=0)
         axes.set_xlabel("images seen")
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0, pad=4)
+        axes.tick_params(axis="y", length=0, pad=AXES[0] * SIZE[0] * 72 - 1)
+        for text in axes.get_yticklabels():
+            text.set_horizontalalignment("left")
         axes.tick_params(axis="x", length=3, width=0.6)
         _end_labels(axes, ends)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return inline(buffer.getvalue(), name)
 
 
@@ -167,17 +170,14 @@ def thousands(value: float) -> str:
 
 
 def _end_labels(axes: Any, ends: Sequence[tuple[Line, float, float]]) -> None:
-    """Name and last value of each line at its right end, pushed apart where they would overlap."""
-    gap = 2.15 * FONT_SIZE / 72 / (SIZE[1] * axes.get_position().height) if len(ends) < 5 else 0.0
-    two_lines = gap > 0
-    gap = gap or 1.25 * FONT_SIZE / 72 / (SIZE[1] * axes.get_position().height)
-    to_axes: Callable[[Any], Any] = (axes.transData + axes.transAxes.inverted()).transform
-    wanted = sorted(((to_axes((x, y))[1], line, y) for line, y, x in ends), key=lambda item: item[0])
-    wanted = [item for item in wanted if item[1].name]
-    heights = spread([item[0] for item in wanted], gap)
-    for height, (_, line, value) in zip(heights, wanted, strict=True):
-        text = f"{line.name}\n{value:.3g}" if two_lines else f"{line.name}  {value:.3g}"
-        axes.text(1.02, height, text, transform=axes.transAxes, color=LIGHT[line.colour], va="center", linespacing=1.1)
+    """Name and last smoothed value of each line at its right end, pushed apart where they would overlap."""
+    gap = 1.35 * FONT_SIZE / 72 / (SIZE[1] * AXES[3])
+    to_axes = (axes.transData + axes.transAxes.inverted()).transform
+    placed = sorted(((to_axes((x, y))[1], line, y) for line, y, x in ends), key=lambda item: item[0])
+    heights = spread([item[0] for item in placed], gap)
+    for height, (_, line, value) in zip(heights, placed, strict=True):
+        text = f"{line.name}  {figure(value)}".strip()
+        axes.text(1.025, height, text, transform=axes.transAxes, color=LIGHT[line.colour], va="center_baseline")
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -203,7 +203,8 @@ def inline(svg: str, name: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
     svg = re.sub(r"<svg[^>]*>", f'<svg {view.group()} role="img" aria-label="{name}">', svg, count=1)

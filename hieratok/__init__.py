@@ -1,0 +1,45 @@
+"""hieratok: a multi-scale ViT image tokenizer for latent generative models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where the public names live; imported at first use, so that `import hieratok` and `hieratok --help` are quick.
+_PUBLIC = {
+    "HieraTok": ".models.tokenizer",
+    "create_model": ".models.presets",
+    "train_tokenizer": ".training.tokenizer",
+    "reconstruct": ".report.reconstruct",
+    "encode": ".data.latents",
+    "evaluate_reconstruction": ".evaluation.reconstruction",
+    "load_tokenizer": ".engine.run_folder",
+    "open_source": ".data.opening",
+}
+
+if TYPE_CHECKING:
+    from .data.latents import encode as encode
+    from .data.opening import open_source as open_source
+    from .engine.run_folder import load_tokenizer as load_tokenizer
+    from .evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from .models.presets import create_model as create_model
+    from .models.tokenizer import HieraTok as HieraTok
+    from .report.reconstruct import reconstruct as reconstruct
+    from .training.tokenizer import train_tokenizer as train_tokenizer
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hieratok' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(_PUBLIC[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

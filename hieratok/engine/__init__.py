@@ -1,0 +1,1 @@
+"""What every training shares: settings, schedule, EMA, checkpoints, guards, logs, pictures, the run's folder."""

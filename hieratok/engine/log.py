@@ -1,0 +1,97 @@
+"""What a run says: JSON lines always, TensorBoard where it is installed, a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes the metrics of a run; on a process that is not the main one it does nothing."""
+
+    def __init__(self, folder: Path, *, main: bool, tensorboard: bool, from_step: int) -> None:
+        """`from_step`: where the run goes on; lines beyond it belong to a future that was lost, and are removed."""
+        self.path = folder / METRICS
+        self.main = main
+        self.board: Any = None
+        if not main:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                tqdm.write("TensorBoard is not installed (pip install 'hieratok[tensorboard]'); metrics go to "
+                           f"{self.path} alone", file=sys.stderr)  # fmt: skip
+            else:
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; numbers also go to TensorBoard under `kind/name`."""
+        if not self.main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """Show a picture that was drawn in TensorBoard too."""
+        if self.main and self.board is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self.board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Progress:
+    """A bar over the part of the run that is done, with images per second and the time left."""
+
+    def __init__(self, total: float, unit: str, initial: float, *, shown: bool) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        layout = "{percentage:3.0f}%|{bar:24}| {desc} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=total, unit=unit, initial=initial, disable=not shown, mininterval=interval,
+                        bar_format=layout, dynamic_ncols=True, smoothing=0.05)  # fmt: skip
+
+    def update(self, done: float, step: int, values: Mapping[str, str]) -> None:
+        """`done`: in the units of `total`."""
+        self.bar.set_description_str(f"step {step}", refresh=False)
+        self.bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in values.items()), refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def say(text: str, *, main: bool = True) -> None:
+    """A line for people, above the progress bar."""
+    if main:
+        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,305 @@
+"""A training run's clock, guards and records; what a step computes stays with the training that uses it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+
+from ..data.bad import BadSamples
+from ..data.loader import Batch
+from ..errors import CheckpointError, ConfigError
+from . import checkpoint
+from .ema import EMA
+from .guards import SignalGuard, Stopped, refuse_non_finite
+from .log import Progress, RunLog, say
+from .run_folder import CHECKPOINTS
+from .schedule import warmup_cosine
+from .settings import TrainConfig
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_accelerator(config: TrainConfig, seed: int) -> Accelerator:
+    """The processes and the device of this run, with every random number generator seeded.
+
+    Mixed precision stays with `Engine.autocast`: accelerate's wrapper rebuilds the model's output from a mapping,
+    which dataclasses with required fields do not survive.
+
+    Raises:
+        ConfigError: fp16 without a GPU.
+    """
+    accelerator = Accelerator(mixed_precision="no")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    set_seed(seed)
+    return accelerator
+
+
+class Engine:
+    """Counts steps, keeps the average, logs, checkpoints, and stops the run before harm is done.
+
+    Used as a context (signals are noted inside it). A training does, per step: `autocast` and `backward` for each
+    micro-batch, `clip_gradients`, `optimizer_step`, `end_step`.
+
+    Attributes:
+        model: the bare network; `forward` is the one to call, which synchronises processes.
+        step: optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        model_config: Mapping[str, Any],
+        bad: BadSamples,
+    ) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.model, self.optimizer, self.bad = model, optimizer, bad
+        self.device = accelerator.device
+        self.main = accelerator.is_main_process
+        self.world_size = accelerator.num_processes
+        self.total_steps = total_steps
+        self.model_config = dict(model_config)
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.forward = accelerator.prepare_model(model)
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.signals = SignalGuard()
+        self.step = 0
+        self.elapsed = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+        self._begun = time.monotonic()  # of the part of the run that this process does
+        self._elapsed_before = 0.0
+        self._logged_at = (0, 0.0)
+        self._keys: list[str] = []
+        self._new_bad: list[Any] = []
+        self._micro_batches = 0
+        self._loss_is_finite = True
+        self.log: RunLog | None = None
+        self.progress_bar: Progress | None = None
+
+    # Beginning and end
+
+    def restore(self) -> None:
+        """Go on from the newest whole checkpoint of the run's folder; all processes take the same one.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged, or it is of another model.
+        """
+        newest, warnings = checkpoint.newest_valid(self.folder / CHECKPOINTS)
+        for warning in warnings:
+            say(f"damaged checkpoint left out: {warning}", main=self.main)
+        steps = gather_object([newest.step if newest else 0])
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"the processes found different newest checkpoints ({steps}); they must share a disk")
+        if newest is None:
+            say(f"no checkpoint in {self.folder} yet; beginning at step 0", main=self.main)
+            return
+        try:
+            self.model.load_state_dict(newest.tensors["model"])
+            if self.ema is not None:
+                self.ema.load({k: v.to(self.device) for k, v in newest.tensors["ema"].items()})
+            checkpoint.restore_optimizer(self.optimizer, self.names, newest.tensors["optimizer"])
+            torch.set_rng_state(newest.tensors["rng"]["cpu"])
+            self.step = int(newest.state["step"])
+            self.elapsed = self._elapsed_before = float(newest.state["elapsed"])
+            self._sums = {k: torch.tensor(v, device=self.device) for k, v in newest.state["sums"].items()}
+            self._steps_summed = int(newest.state["steps_summed"])
+            self.scaler.load_state_dict(newest.state["scaler"])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{newest.path} is not a checkpoint of this run: {error}") from error
+        say(f"going on from {newest.path}", main=self.main)
+
+    def __enter__(self) -> Engine:
+        self.log = RunLog(self.folder, main=self.main, tensorboard=self.config.tensorboard, from_step=self.step)
+        limit = self.config.max_minutes
+        total, unit = (limit * 60, "s") if limit else (self.total_steps, "step")
+        done = min(self.elapsed if limit else self.step, total)
+        self.progress_bar = Progress(total, unit, done, shown=self.main)
+        self._begun = time.monotonic()
+        self._logged_at = (self.step, self.elapsed)
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.signals.__exit__()
+        assert self.log is not None and self.progress_bar is not None
+        self.progress_bar.close()
+        self.log.close()
+
+    @property
+    def samples_seen(self) -> int:
+        """The position in the stream of samples."""
+        return self.step * self.config.batch_size
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, by steps or by the clock, whichever is further."""
+        limit = self.config.max_minutes
+        by_clock = self.elapsed / (limit * 60) if limit else 0.0
+        return max(self.step / self.total_steps, by_clock)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
+    # One step
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The configured precision."""
+        dtype = AUTOCAST[self.config.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def synchronising(self, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients only with the last micro-batch of a step."""
+        return nullcontext() if last else self.accelerator.no_sync(self.forward)
+
+    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add a micro-batch's gradients, and remember what it was."""
+        self._keys += batch.keys
+        self._new_bad += [b for b in batch.bad if b.index not in self.bad.seen]
+        self._loss_is_finite &= bool(torch.isfinite(loss.detach()))
+        self._micro_batches += 1
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            share = value.float() / self.config.accumulation
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
+        self.scaler.scale(loss / self.config.accumulation).backward()
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to `max_grad_norm`; gives their norm before that."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm or math.inf
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def optimizer_step(self, grad_norm: Tensor) -> None:
+        """Change the weights, unless a number on any process forbids it.
+
+        Raises:
+            NonFiniteError: a loss or the gradient norm is not finite.
+            DataError: too many images are bad.
+        """
+        norm = float(grad_norm)
+        # fp16's loss scale is found by overflowing now and then; the scaler skips such a step by itself.
+        norm_is_fatal = not math.isfinite(norm) and not self.scaler.is_enabled()
+        worst = self._agree(float(not self._loss_is_finite or norm_is_fatal), len(self._new_bad))
+        if worst[0]:
+            facts = {"loss": float(self._sums["loss"]) if not self._loss_is_finite else "finite", "gradient norm": norm}
+            refuse_non_finite(self.folder, self.step + 1, self.accelerator.process_index, self._keys, facts)
+        if worst[1]:
+            self._record_bad()
+        rate = warmup_cosine(
+            max((self.step + 1) / self.total_steps, self.progress),
+            self.config.learning_rate, self.config.final_learning_rate, self.config.warmup_ratio,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros((), device=self.device)) + norm
+        self._steps_summed += 1
+        self._keys, self._new_bad, self._micro_batches = [], [], 0
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+
+    def end_step(self) -> None:
+        """Log and checkpoint where due; stop where asked to.
+
+        Raises:
+            Stopped: by a signal, after the checkpoint.
+        """
+        elapsed = self._elapsed_before + time.monotonic() - self._begun
+        signal_number, self.elapsed = self._agree(float(self.signals.received), elapsed)
+        if self.step % self.config.log_every == 0 or self.finished:
+            self._write_metrics()
+        if self.step % self.config.checkpoint_every == 0 or self.finished or signal_number:
+            self.save()
+        if signal_number:
+            say(f"stopped by a signal after step {self.step}; go on with --resume", main=self.main)
+            raise Stopped(128 + int(signal_number))
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return bool(every) and (self.step % every == 0 or self.finished)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model holds the EMA weights inside the block."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.model)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; all processes wait for it."""
+        if self.main:
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "model": self.model.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
+                "rng": {"cpu": torch.get_rng_state()},
+            }
+            if self.ema is not None:
+                tensors["ema"] = self.ema.tensors
+            state = {
+                "step": self.step,
+                "samples_seen": self.samples_seen,
+                "elapsed": self.elapsed,
+                "world_size": self.world_size,
+                "model": self.model_config,
+                "sums": {name: float(value) for name, value in self._sums.items()},
+                "steps_summed": self._steps_summed,
+                "scaler": self.scaler.state_dict(),
+            }
+            checkpoint.save(self.folder / CHECKPOINTS, self.step, tensors, state, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    # Between processes
+
+    def _agree(self, *values: float) -> tuple[float, ...]:
+        """The largest of each value over all processes."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float32, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def _record_bad(self) -> None:
+        found = gather_object(self._new_bad)
+        path, self.bad.path = self.bad.path, self.bad.path if self.main else None
+        try:
+            for sample in self.bad.add(found):
+                say(f"bad image replaced: {sample.key}: {sample.reason}", main=self.main)
+        finally:
+            self.bad.path = path
+
+    def _write_metrics(self) -> None:
+        assert self.log is not None and self.progress_bar is not None
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / max(self._steps_summed, 1)
+        means = self.accelerator.reduce(means, "mean")
+        values = dict(zip(names, means.tolist(), strict=True))
+        self._sums, self._steps_summed = {}, 0
+        step, elapsed = self._logged_at
+        speed = (self.step - step) * self.config.batch_size / max(self.elapsed - elapsed, 1e-9)
+        self._logged_at = (self.step, self.elapsed)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.log.metrics("train", self.step, {
+            **values, "learning_rate": rate, "samples_seen": self.samples_seen, "bad_images": len(self.bad),
+            "images_per_second": round(speed, 2), "elapsed": round(self.elapsed, 3),
+        })  # fmt: skip
+        done = self.elapsed if self.config.max_minutes else self.step
+        total = self.progress_bar.bar.total or done
+        shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.0f}"}
+        self.progress_bar.update(min(done, total), self.step, shown)

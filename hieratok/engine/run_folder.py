@@ -1,0 +1,133 @@
+"""The folder of a run: what it was asked to do, and the models in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import CheckpointError, ConfigError
+from ..models.tokenizer import HieraTok
+from . import checkpoint
+from .checkpoint import write_atomically
+
+RUN, CONFIG, MODEL, CHECKPOINTS = "run.json", "config.yaml", "model", "checkpoints"
+
+# Changing one of these makes another run; all else may change when a run goes on.
+FIXED = ("model", "data", "seed", "loss", "train.batch_size", "train.accumulation", "train.precision")
+FREE = ("data.num_workers", "data.max_bad_fraction", "data.max_val_images")
+
+
+def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, resume: bool) -> None:
+    """Write `run.json` and `config.yaml`, or on `resume` check that the run that is there is the same.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is off, or the run differs in what must not change.
+    """
+    record = folder / RUN
+    if record.exists():
+        if not resume:
+            raise ConfigError(
+                f"{folder} already holds a run; go on with it by --resume, or name another folder with output=FOLDER"
+            )
+        known = json.loads(record.read_text())
+        refuse_changes(known["config"], config, known["data"], facts["data"], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "config": config,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **facts,
+    }
+    write_atomically(record, json.dumps(values, indent=1).encode())
+    write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
+
+
+def refuse_changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    data: Mapping[str, Any],
+    data_now: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Raise a ConfigError that lists what differs between a run and its resumption, in what must not differ."""
+    old, new = flatten(before), flatten(now)
+    changed = [
+        f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and key not in FREE and key.startswith(FIXED)
+    ]
+    if not changed and data["digest"] != data_now["digest"]:
+        changed = [f"the images of {data_now['name']}: {data['num_train']} before, {data_now['num_train']} now"]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ConfigError(
+            f"the run in {folder} cannot go on with these changes:\n  {listed}\n"
+            f"Take them back, or start a new run with output=FOLDER"
+        )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("hieratok", "torch", "diffusers", "accelerate", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def load_tokenizer(path: str | Path) -> HieraTok:
+    """The model of a `save_pretrained` folder, of a run's folder, or of a checkpoint; in evaluation mode.
+
+    Of a run that is not finished it is the EMA of the newest whole checkpoint.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"no model at {path}: give the folder of a run, of a checkpoint or of a saved model")
+    if (path / MODEL / "config.json").exists():
+        path = path / MODEL
+    if (path / "config.json").exists():
+        return HieraTok.from_pretrained(path).eval()
+    if (path / checkpoint.MANIFEST).exists():
+        return from_checkpoint(checkpoint.load(path))
+    newest, _ = checkpoint.newest_valid(path / CHECKPOINTS)
+    if newest is None:
+        raise CheckpointError(f"{path} holds neither a saved model (config.json) nor a run's checkpoints")
+    return from_checkpoint(newest)
+
+
+def from_checkpoint(saved: checkpoint.Checkpoint) -> HieraTok:
+    """The model of a checkpoint with its averaged weights, where it has them."""
+    try:
+        model = HieraTok(**saved.state["model"])
+        model.load_state_dict(saved.tensors["model"])
+        if "ema" in saved.tensors:
+            model.load_state_dict(saved.tensors["ema"], strict=False)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{saved.path} does not hold a tokenizer: {error}") from error
+    return model.eval()

@@ -1,0 +1,79 @@
+"""The `train` section of a recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and how often. The defaults are Table 8 of the paper, stage 1.
+
+    The run ends after `epochs` or `steps` (give one), or after `max_minutes` if that comes first; the learning rate
+    then follows whichever is nearer to its end.
+    """
+
+    epochs: float | None = 100
+    steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 256  # of all processes together
+    accumulation: int = 1  # micro-batches per step
+    learning_rate: float = 4e-4
+    final_learning_rate: float = 4e-6
+    warmup_ratio: float = 0.03
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0  # 0 does not clip
+    ema_decay: float = 0.9999  # 0 keeps no average
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 50
+    picture_every: int = 5000  # 0 draws none
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        positive = {"batch_size": self.batch_size, "accumulation": self.accumulation, "log_every": self.log_every,
+                    "checkpoint_every": self.checkpoint_every, "learning_rate": self.learning_rate}  # fmt: skip
+        for name, value in positive.items():
+            if value <= 0:
+                raise ConfigError(f"train.{name} is {value}; it must be above 0")
+        if (self.epochs is None) == (self.steps is None):
+            raise ConfigError("give one of train.epochs and train.steps, and set the other to null")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        if len(self.betas) != 2:
+            raise ConfigError(f"train.betas is {list(self.betas)}; AdamW takes two numbers")
+        if self.keep_checkpoints < 2:
+            raise ConfigError("train.keep_checkpoints must be at least 2: a write can fail while the last one is used")
+
+    def total_steps(self, num_images: int) -> int:
+        """Optimizer steps of the whole run on `num_images` training images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * num_images / self.batch_size))
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples that one process sees at a time.
+
+        Raises:
+            ConfigError: the batch does not divide.
+        """
+        parts = self.accumulation * world_size
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} is not divisible by train.accumulation {self.accumulation} "
+                f"x {world_size} processes"
+            )
+        return self.batch_size // parts

@@ -37,7 +37,8 @@ def make_accelerator(config: TrainConfig, seed: int) -> Accelerator:
     Raises:
         ConfigError: fp16 without a GPU.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    # Without a GPU accelerate joins the processes of torchrun (by gloo) only when it is told to use the CPU.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     set_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 SAME_IMAGES = "the same images that were reconstructed"
@@ -68,11 +67,3 @@ class Protocol:
             f"({self.features_sha256[:8]}), LPIPS {self.lpips} ({self.lpips_sha256[:8]}), "
             f"hieratok {self.hieratok_version}"
         )
-
-
-def package_version() -> str:
-    """The version of the installed package, "not installed" where it runs from a source tree alone."""
-    try:
-        return metadata.version("hieratok")
-    except metadata.PackageNotFoundError:
-        return "not installed"

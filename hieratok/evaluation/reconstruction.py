@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..config import suggest
 from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
@@ -29,7 +30,7 @@ from ..models.tokenizer import HieraTok
 from . import pairwise
 from .features import FeatureNetwork, figure_key, load_features
 from .frechet import GaussianSums, frechet_distance
-from .protocol import Protocol, package_version
+from .protocol import Protocol
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -213,7 +214,7 @@ def evaluate_reconstruction(
         num_images=comparison.num_images,
         dataset=source.name,
         dataset_digest=source.digest,
-        hieratok_version=package_version(),
+        hieratok_version=__version__,
         posterior=posterior,
         seed=seed,
         precision=precision,
@@ -272,7 +273,8 @@ class _Comparison:
         self.fake.update(self.features(reconstructions[-1]))
         for side, image in zip(self.scales, reconstructions, strict=True):
             pixels = image.shape[-1]
-            target = images if pixels == images.shape[-1] else to_uint8(resize_images(to_float(images), pixels))
+            # In grey levels, where the many means that end in .5 are exact and round alike on every device.
+            target = resize_images(images.float(), pixels).round().to(torch.uint8)
             for name, values in self._compare(image, target).items():
                 self.means[side][name].update(values)
 

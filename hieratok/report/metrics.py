@@ -74,7 +74,7 @@ def _floor(evaluation: Mapping[str, Any], rfid: str) -> str:
     if halves in evaluation["metrics"]:
         parts.append(f"{label(halves)} {figure(evaluation['metrics'][halves])}")
     if n is not None:
-        parts.append(f"N = {n:,}")
+        parts.append(f"N\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n:,}")
     return " · ".join(parts)
 
 

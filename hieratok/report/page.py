@@ -193,11 +193,10 @@ def facts(record: RunRecord, section: Mapping[str, Any]) -> dict[str, str]:
             said["images"] = f"{last['samples_seen']:,}"
         if "elapsed" in last:
             said["time"] = duration(last["elapsed"])
-        said["steps"] = f"{last['step']:,}"
     if record.run.get("device"):
-        device, processes = str(record.run["device"]), record.run.get("world_size", 1)
-        device = {"cpu": "a CPU", "cuda": "one GPU", "mps": "Apple silicon"}.get(device, device)
-        said["device"] = device if processes in (None, 1) else f"{processes} × {record.run['device']}"
+        kind, processes = str(record.run["device"]).partition(":")[0], record.run.get("world_size") or 1
+        name = {"cpu": "CPU", "cuda": "GPU", "mps": "Apple GPU"}.get(kind, kind)
+        said["device"] = f"one {name}" if processes == 1 else f"{processes} {name}s"
     return said
 
 

@@ -80,7 +80,7 @@ def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plo
     for title, note, lines, logarithmic in plots:
         present = [line for line in lines if len(series(records, line.key)[0]) >= MIN_POINTS]
         if present:
-            drawn.append(Plot(title, note, curves(records, present, logarithmic)))
+            drawn.append(Plot(title, note, curves(title, records, present, logarithmic)))
     return drawn
 
 
@@ -104,15 +104,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)
 
 
-def curves(records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) -> str:
-    """One plot of `lines` as an `<svg>` string; the same records give the same string."""
+def curves(title: str, records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) -> str:
+    """One plot of `lines` as an `<svg>` string; the same records give the same string. `title` must be its own."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("plots need matplotlib: pip install 'hieratok[report]'") from error
-    name = "-".join(line.key.replace("/", "-") for line in lines)
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": title}):
         canvas = Figure(figsize=SIZE)
         axes = canvas.add_axes(AXES)
         ends = []
@@ -139,7 +138,7 @@ def curves(records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) 
         _end_labels(axes, ends)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline(buffer.getvalue(), name)
+    return inline(buffer.getvalue(), title)
 
 
 def _ticks(axes: Any, logarithmic: bool) -> None:
@@ -158,7 +157,7 @@ def _ticks(axes: Any, logarithmic: bool) -> None:
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     else:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: thousands(v) if abs(v) >= 1e4 else f"{v:.4g}"))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: thousands(v) if abs(v) >= 1e4 else f"{v:,.4g}"))
 
 
 def thousands(value: float) -> str:
@@ -176,7 +175,7 @@ def _end_labels(axes: Any, ends: Sequence[tuple[Line, float, float]]) -> None:
     placed = sorted(((to_axes((x, y))[1], line, y) for line, y, x in ends), key=lambda item: item[0])
     heights = spread([item[0] for item in placed], gap)
     for height, (_, line, value) in zip(heights, placed, strict=True):
-        text = f"{line.name}  {figure(value)}".strip()
+        text = f"{line.name}\N{EN SPACE}{figure(value)}".strip()
         axes.text(1.025, height, text, transform=axes.transAxes, color=LIGHT[line.colour], va="center_baseline")
 
 
@@ -192,7 +191,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def inline(svg: str, name: str) -> str:
+def inline(svg: str, title: str) -> str:
     """Matplotlib's file as an element of a page.
 
     Fonts and colours become the page's; ids that nothing refers to go, as does the style sheet, which would apply to
@@ -207,7 +206,7 @@ def inline(svg: str, name: str) -> str:
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
-    svg = re.sub(r"<svg[^>]*>", f'<svg {view.group()} role="img" aria-label="{name}">', svg, count=1)
+    svg = re.sub(r"<svg[^>]*>", f'<svg {view.group()} role="img" aria-label="{title}">', svg, count=1)
     svg = svg.replace("xlink:href", "href")
     names = {hexadecimal: colour for colour, hexadecimal in LIGHT.items()}
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda m: css(names[m.group()]) if m.group() in names else m.group(), svg)

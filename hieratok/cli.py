@@ -9,17 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__
 from .errors import ConfigError, HieratokError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from .data.source import ImageSource
-    from .models.tokenizer import HieraTok
-    from .training.tokenizer import Judgement, TokenizerRun
 
 DATA_HELP = "'openmoji', a folder of images, or .parquet or .tar files (a file, a folder of them, or a 'pattern')"
 MODEL_HELP = "the folder of a run, of one of its checkpoints, or of a saved model"
@@ -121,6 +114,7 @@ def add_train(commands: Any) -> None:
 
 
 def run_train_tokenizer(args: argparse.Namespace) -> None:
+    from .evaluation.judge import judge
     from .training.plan import plan
     from .training.tokenizer import TokenizerRun, train_tokenizer
 
@@ -150,23 +144,6 @@ def resolve(config: str | None, overrides: Sequence[str], resume: bool) -> dict[
     if not path.exists():
         raise ConfigError(f"nothing to resume: there is no {path}; name the run's folder with output=FOLDER")
     return apply_overrides(load_recipe(str(path.resolve())), overrides)
-
-
-def judge(model: HieraTok, images: ImageSource, run: TokenizerRun, accelerator: Accelerator) -> Judgement:
-    """The evaluator that training is given: the settings of the run's `eval` section."""
-    from .data.source import spread
-    from .evaluation.reconstruction import evaluate_reconstruction
-
-    result = evaluate_reconstruction(
-        model, spread(images, run.eval.num_images), batch_size=run.eval.batch_size,
-        features=run.eval.features, feature_weights=run.eval.feature_weights,
-        lpips=run.eval.lpips or run.loss.lpips_network, lpips_weights=run.eval.lpips_weights or run.loss.lpips_weights,
-        num_workers=run.data.num_workers, seed=run.seed, accelerator=accelerator,
-        frame=run.data.frame(model.config.image_size), max_bad_fraction=run.data.max_bad_fraction,
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        print(f"\n{result.table()}", flush=True)
-    return result
 
 
 # reconstruct, encode, evaluate
@@ -235,7 +212,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_HELP)
     parser.add_argument("--split", choices=("all", "train", "val"), default="all",
-                        help="the part of DATA, as training divides it without a val_source (default: all)")  # fmt: skip
+                        help="the part of DATA, as training divides it by itself (default: all)")  # fmt: skip
     parser.add_argument("--num-images", type=int, metavar="N", help="N images spread over the set (default: all)")
     parser.add_argument("--features", default="mini", help="network of the Frechet distance: 'mini', which ships with "
                         "the package, or 'inception', the published one (default: mini)")  # fmt: skip
@@ -282,7 +259,7 @@ def add_report(commands: Any) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from .quickstart import report
+    from .report.run_report import report
 
     print(f"written: {report(args.folder, args.output).resolve().as_uri()}")
 

@@ -31,13 +31,13 @@ from .plots import loss_plots
 MAX_PICTURES = 5
 MAX_PICTURE_ROWS = 4
 
-# What a reader may want next; RUN is the run folder.
+# What a reader may want next. {run} is the run folder, {held_out} names its held-out images, {longer} moves the end.
 COMMANDS = (
-    ("Train on from the last checkpoint", "hieratok train tokenizer --resume {run} train.max_minutes=30"),
-    ("Reconstruct your own images at every scale", "hieratok reconstruct {run} photo.jpg"),
-    ("Turn a folder of images into latents", "hieratok encode {run} FOLDER"),
-    ("Measure it again", "hieratok evaluate {run}"),
-    ("Train on your own images", "hieratok quickstart --data FOLDER"),
+    ("Train on from the last checkpoint", "hieratok train tokenizer --resume output={run} {longer}"),
+    ("Reconstruct your own pictures at every scale", "hieratok reconstruct photo.jpg --model {run}"),
+    ("Turn a set of pictures into latents", "hieratok encode FOLDER --model {run} --out latents"),
+    ("Measure it again", "hieratok evaluate reconstruction {held_out} --model {run}"),
+    ("Train on your own pictures", "hieratok quickstart --data FOLDER --output runs/mine"),
 )
 
 
@@ -178,7 +178,7 @@ def render(record: RunRecord, gallery: Gallery | None) -> str:
         warnings=evaluation.get("warnings", []) if evaluation else [],
         costs=cost_rows({name: section}),
         progress=progress(record, model["image_size"], len(sides)),
-        commands=[(purpose, command.format(run=run_path(record.folder))) for purpose, command in COMMANDS],
+        commands=commands(record),
         run=record.run,
         started=date(record.run.get("started")),
     )
@@ -194,10 +194,14 @@ def facts(record: RunRecord, section: Mapping[str, Any]) -> dict[str, str]:
         if "elapsed" in last:
             said["time"] = duration(last["elapsed"])
     if record.run.get("device"):
-        kind, processes = str(record.run["device"]).partition(":")[0], record.run.get("world_size") or 1
-        name = {"cpu": "CPU", "cuda": "GPU", "mps": "Apple GPU"}.get(kind, kind)
-        said["device"] = f"one {name}" if processes == 1 else f"{processes} {name}s"
+        said["device"] = device(str(record.run["device"]), record.run.get("world_size") or 1)
     return said
+
+
+def device(name: str, processes: int) -> str:
+    """What `describe_device` says, for the middle of a sentence: "one CPU, 2 threads", "8 × NVIDIA H100"."""
+    name = name.replace("cpu", "CPU", 1) if name.startswith("cpu") else {"mps": "Apple GPU"}.get(name, name)
+    return f"one {name}" if processes == 1 else f"{processes} × {name}"
 
 
 def duration(seconds: float) -> str:
@@ -214,6 +218,25 @@ def date(iso: str | None) -> str:
     except ValueError:
         return str(iso or "")
     return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".strip()
+
+
+def commands(record: RunRecord) -> list[tuple[str, str]]:
+    """`COMMANDS` with this run's names."""
+    data = record.config.get("data") or {}
+    apart, source = data.get("val_source"), data.get("source", "openmoji")
+    held_out = shlex.quote(str(apart)) if apart else f"{shlex.quote(str(source))} --split val"
+    words = {"run": run_path(record.folder), "held_out": held_out, "longer": longer(record)}
+    return [(purpose, command.format(**words)) for purpose, command in COMMANDS]
+
+
+def longer(record: RunRecord) -> str:
+    """The override that moves the run's end to twice its length, and to 30 minutes at least."""
+    settings = record.config.get("train") or {}
+    for key in ("epochs", "steps"):
+        if settings.get(key) and not settings.get("max_minutes"):
+            return f"train.{key}={2 * settings[key]}"
+    seconds = record.train[-1].get("elapsed", 0) if record.train else 0
+    return f"train.max_minutes={max(30, round(2 * seconds / 60))}"
 
 
 def run_path(folder: Path) -> str:

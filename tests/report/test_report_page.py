@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def run_folder(tmp_path: Path, tiny_fields: dict) -> Path:
         "licence": "by OpenMoji, CC BY-SA 4.0",
     }
     run = {"config": config, "command": "hieratok quickstart", "started": "2025-11-24T22:48:11+00:00", "seed": 0,
-           "versions": {"hieratok": "0.1.0"}, "world_size": 1, "device": "cpu", "data": data}  # fmt: skip
+           "versions": {"hieratok": "0.1.0"}, "world_size": 1, "device": "cpu, 2 threads", "data": data}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -76,37 +78,37 @@ def fill(folder: Path, images: torch.Tensor) -> None:
         save_picture(reconstruction_grid(images, scales, SIDES), folder / "pictures" / f"step-{step:08}.png")
 
 
-def text_of(html: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+def text_of(markup: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", markup))
 
 
 def test_the_page_is_one_file_that_loads_nothing(run_folder, tiny_model, images):
     fill(run_folder, images)
-    html = write_report(run_folder, model=tiny_model, images=images).read_text()
-    targets = re.findall(r"(?:src|href|srcset|poster|data)\s*=\s*[\"']([^\"']*)", html) + re.findall(
-        r"url\(([^)]*)", html
+    markup = write_report(run_folder, model=tiny_model, images=images).read_text()
+    targets = re.findall(r"(?:src|href|srcset|poster|data)\s*=\s*[\"']([^\"']*)", markup) + re.findall(
+        r"url\(([^)]*)", markup
     )
     assert targets and all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
-    assert not re.search(r"<(script|link|iframe)\b|@import|<\?xml|<!DOCTYPE svg", html)
-    assert html.count("<style") == 1  # a style sheet inside an SVG would apply to the whole page
+    assert not re.search(r"<(script|link|iframe)\b|@import|<\?xml|<!DOCTYPE svg", markup)
+    assert markup.count("<style") == 1  # a style sheet inside an SVG would apply to the whole page
 
 
 def test_a_full_run_fills_every_section(run_folder, tiny_model, images):
     fill(run_folder, images)
-    html = write_report(run_folder, model=tiny_model, images=images).read_text()
+    markup = write_report(run_folder, model=tiny_model, images=images).read_text()
     names = ["reconstructions", "architecture", "curves", "metrics", "cost", "progress", "next"]
-    assert re.findall(r'<section id="(\w+)"', html) == names
-    text = text_of(html)
+    assert re.findall(r'<section id="(\w+)"', markup) == names
+    text = text_of(markup)
     for said in (
-        "trained on 960 images in 60 seconds on one CPU.",
+        "trained on 960 images in 60 seconds on one CPU, 2 threads.",
         "CC BY-SA 4.0",
         "24 November 2025, 22:48 UTC",
         "401.18M",
         "few images",
     ):
         assert said in text
-    assert [f"step {step}" for step in (10, 30, 50, 60, 80)] == re.findall(r"<b>(step \d+)</b>", html)
-    assert html.count('alt="Picture 1 from') == len(SIDES)
+    assert [f"step {step}" for step in (10, 30, 50, 60, 80)] == re.findall(r"<b>(step \d+)</b>", markup)
+    assert markup.count('alt="Picture 1 from') == len(SIDES)
 
 
 def test_every_figure_of_the_evaluation_stands_under_its_name(run_folder, images):
@@ -123,10 +125,10 @@ def test_every_figure_of_the_evaluation_stands_under_its_name(run_folder, images
 
 
 def test_missing_parts_leave_no_empty_section(run_folder):
-    html = write_report(run_folder).read_text()
-    assert re.findall(r'<section id="(\w+)"', html) == ["architecture", "cost", "next"]
-    assert '<dl class="tiles"' not in html
-    assert "None" not in text_of(html)
+    markup = write_report(run_folder).read_text()
+    assert re.findall(r'<section id="(\w+)"', markup) == ["architecture", "cost", "next"]
+    assert '<dl class="tiles"' not in markup
+    assert "None" not in text_of(markup)
 
 
 def test_text_of_the_run_stays_text(run_folder, images):
@@ -137,9 +139,9 @@ def test_text_of_the_run_stays_text(run_folder, images):
     (run_folder / "run.json").write_text(json.dumps(run))
     evaluation = {**EVALUATION, "warnings": [evil], "metrics": {evil: 1.0}, "protocol": {evil: evil, "dataset": evil}}
     (run_folder / "eval.json").write_text(json.dumps(evaluation))
-    html = write_report(run_folder).read_text()
-    assert "<script" not in html
-    assert html.count("&lt;script&gt;") >= 6
+    markup = write_report(run_folder).read_text()
+    assert "<script" not in markup
+    assert markup.count("&lt;script&gt;") >= 6
 
 
 def test_the_same_run_gives_the_same_bytes(run_folder, tiny_model, images, tmp_path):
@@ -173,13 +175,34 @@ def test_a_missing_library_is_named_with_its_command(run_folder, images, monkeyp
         write_report(run_folder)
 
 
-def test_commands_take_the_folder_quoted_and_relative(run_folder, monkeypatch):
+def test_every_command_is_one_that_the_command_line_takes(run_folder, monkeypatch):
+    from hieratok.cli import make_parser
+
     spaced = run_folder.with_name("my run")
     run_folder.rename(spaced)
     monkeypatch.chdir(spaced.parent.parent)
-    html = write_report(spaced).read_text()
-    assert "&#39;runs/my run&#39;" in html
-    assert str(spaced.parent) not in html
+    shown = re.findall(r"<pre>(.*?)</pre>", write_report(spaced).read_text())
+    assert len(shown) == len(page.COMMANDS)
+    for command in map(html.unescape, shown):
+        name, *arguments = shlex.split(command)
+        assert name == "hieratok"
+        make_parser().parse_args(arguments)
+        assert "FOLDER --output" in command or "runs/my run" in " ".join(arguments)
+        assert str(spaced.parent) not in command
+
+
+@pytest.mark.parametrize(
+    ("train", "seconds", "override"),
+    [
+        ({"max_minutes": 4, "steps": 100000}, 240, "train.max_minutes=30"),
+        ({"max_minutes": 60, "epochs": None}, 3600, "train.max_minutes=120"),
+        ({"epochs": 10}, 3600, "train.epochs=20"),
+        ({"steps": 500, "max_minutes": None}, 60, "train.steps=1000"),
+    ],
+)
+def test_the_command_to_train_on_moves_the_end_that_the_run_came_to(train, seconds, override):
+    record = page.RunRecord(Path(), {}, {"train": train}, [{"step": 1, "elapsed": seconds}], None, [])
+    assert page.longer(record) == override
 
 
 def test_the_gallery_shows_each_scale_at_its_own_size_and_leaves_the_model_as_it_was(tiny_model, images):

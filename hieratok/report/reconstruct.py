@@ -1,0 +1,70 @@
+"""Images of a person's own, beside their reconstruction at every scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..data.decode import BadImage, decode_image, to_float, to_uint8
+from ..data.frame import Frame, crop_image
+from ..engine.pictures import reconstruction_grid, save_picture, to_array
+from ..engine.run_folder import load_tokenizer
+from ..errors import DataError
+from ..models.tokenizer import HieraTok
+
+
+def reconstruct(
+    images: Sequence[str | Path],
+    model: HieraTok | str | Path,
+    output: str | Path = "reconstructions.png",
+    *,
+    separate: str | Path | None = None,
+    frame: Frame | None = None,
+) -> tuple[Path, dict[str, float]]:
+    """Draw images, their reconstruction at every scale and the error, a row per image.
+
+    Args:
+        images: files of any size; they are cropped to the model's square.
+        model: a tokenizer, or a path that `load_tokenizer` takes.
+        output: the picture, a PNG.
+        separate: a folder that also gets every finest reconstruction as `NAME.png`.
+        frame: how images are cropped; None is the centre.
+
+    Returns:
+        The picture's path, and per image file the PSNR in dB of its uint8 reconstruction (infinite when equal).
+
+    Raises:
+        DataError: a file is not an image; all such files are named.
+        CheckpointError: there is no model at the path.
+    """
+    if not isinstance(model, HieraTok):
+        model = load_tokenizer(model)
+    model.eval()
+    frame = frame or Frame(int(model.config.image_size))
+    originals, wrong = [], []
+    for image in map(Path, images):
+        try:
+            decoded = decode_image(image.read_bytes(), frame.decode_side, frame.max_pixels, frame.background)
+            originals.append(torch.from_numpy(crop_image(decoded, frame, None)).permute(2, 0, 1))
+        except OSError as error:
+            wrong.append(f"{image}: {error.strerror}")
+        except BadImage as error:
+            wrong.append(f"{image}: {error}")
+    if wrong:
+        raise DataError("these files cannot be used:\n  " + "\n  ".join(wrong))
+    pixels = torch.stack(originals)
+    with torch.no_grad():
+        painted = model(to_float(pixels.to(model.device)), sample_posterior=False).scales
+    scales = [to_uint8(scale).cpu() for scale in painted]
+    path = save_picture(reconstruction_grid(pixels, scales, model.config.scales), Path(output))
+    if separate is not None:
+        from PIL import Image
+
+        for image, reconstruction in zip(map(Path, images), scales[-1], strict=True):
+            save_picture(Image.fromarray(to_array(reconstruction)), Path(separate) / f"{image.stem}.png")
+    errors = (pixels.double() - scales[-1].double()).square().mean(dim=(1, 2, 3)).tolist()
+    psnr = [10 * math.log10(255**2 / error) if error else math.inf for error in errors]
+    return path, dict(zip(map(str, images), psnr, strict=True))

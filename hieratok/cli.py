@@ -280,7 +280,11 @@ def run_cost(args: argparse.Namespace) -> None:
 
 
 def add_presets(commands: Any) -> None:
-    add_command(commands, "presets", run_presets, "list the recipes that --config takes and the model presets")
+    add_command(
+        commands, "presets", run_presets, "list the recipes that --config takes, and the model presets",
+        description="List the recipes that `hieratok train tokenizer --config NAME` takes, each with its first line, and\n"
+        "the model presets that recipes, `model.preset=NAME` and `hieratok cost NAME` refer to.",
+    )  # fmt: skip
 
 
 def run_presets(_: argparse.Namespace) -> None:

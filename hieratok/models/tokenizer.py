@@ -334,7 +334,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load from a folder or hub id as diffusers does, but from safetensors only and with every weight accounted for.
+        """Load from a folder or hub id as diffusers does, but safetensors only, with every weight accounted for.
 
         Raises:
             CheckpointError: weights are missing or left over.

@@ -40,10 +40,8 @@ def reconstruct(
         DataError: a file is not an image; all such files are named.
         CheckpointError: there is no model at the path.
     """
-    if not isinstance(model, HieraTok):
-        model = load_tokenizer(model)
-    model.eval()
-    frame = frame or Frame(int(model.config.image_size))
+    tokenizer = load_tokenizer(model) if isinstance(model, (str, Path)) else model.eval()
+    frame = frame or Frame(int(tokenizer.config.image_size))
     originals, wrong = [], []
     for image in map(Path, images):
         try:
@@ -57,9 +55,9 @@ def reconstruct(
         raise DataError("these files cannot be used:\n  " + "\n  ".join(wrong))
     pixels = torch.stack(originals)
     with torch.no_grad():
-        painted = model(to_float(pixels.to(model.device)), sample_posterior=False).scales
+        painted = tokenizer(to_float(pixels.to(tokenizer.device)), sample_posterior=False).scales
     scales = [to_uint8(scale).cpu() for scale in painted]
-    path = save_picture(reconstruction_grid(pixels, scales, model.config.scales), Path(output))
+    path = save_picture(reconstruction_grid(pixels, scales, tokenizer.config.scales), Path(output))
     if separate is not None:
         from PIL import Image
 

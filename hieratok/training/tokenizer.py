@@ -31,6 +31,7 @@ from ..engine.pictures import reconstruction_grid, save_picture
 from ..engine.run_folder import MODEL, start
 from ..engine.settings import TrainConfig
 from ..losses import TokenizerLoss, TokenizerLossConfig
+from ..losses.perceptual import LpipsNetwork
 from ..models.presets import build_model, model_fields
 from ..models.tokenizer import HieraTok
 
@@ -46,7 +47,7 @@ class EvalConfig:
     num_images: int | None = 5000
     features: str = "mini"  # mini or inception
     feature_weights: str | None = None  # local file; None: the shipped mini, or the published Inception
-    lpips: str | None = None  # mini or vgg16; None: the network of the loss
+    lpips: LpipsNetwork | None = None  # mini or vgg16; None: the network of the loss
     lpips_weights: str | None = None
     batch_size: int = 64
 
@@ -81,7 +82,8 @@ class TokenizerRun:
 class Judgement(Protocol):
     """What an evaluator finds."""
 
-    metrics: dict[str, float]
+    @property
+    def metrics(self) -> dict[str, float]: ...
 
     def to_dict(self) -> dict[str, Any]: ...
 

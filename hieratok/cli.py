@@ -282,8 +282,8 @@ def run_cost(args: argparse.Namespace) -> None:
 def add_presets(commands: Any) -> None:
     add_command(
         commands, "presets", run_presets, "list the recipes that --config takes, and the model presets",
-        description="List the recipes that `hieratok train tokenizer --config NAME` takes, each with its first line, and\n"
-        "the model presets that recipes, `model.preset=NAME` and `hieratok cost NAME` refer to.",
+        description="List the recipes that `hieratok train tokenizer --config NAME` takes, with their first lines,\n"
+        "and the model presets that recipes, `model.preset=NAME` and `hieratok cost NAME` refer to.",
     )  # fmt: skip
 
 

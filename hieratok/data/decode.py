@@ -40,14 +40,16 @@ def decode_image(data: bytes, min_side: int | None, max_pixels: int, background:
         width, height = image.size
         if width * height > max_pixels:
             raise BadImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
-        if min_side is not None:
-            image.draft("RGB", (min_side, min_side))
+        drafted = image.draft("RGB", (min_side, min_side)) if min_side is not None else None
         image.load()
+        if drafted is not None:  # the last row and column of a reduced JPEG may stand for a part of a pixel only
+            whole = int(drafted[1][2]), int(drafted[1][3])
+            image = image.crop((0, 0, *whole)) if whole != image.size else image
         return to_rgb(upright(image), background)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"too large: {error}") from error
+        raise BadImage(f"more pixels than data.max_pixels = {max_pixels} or Pillow allows: {error}") from error
     except Exception as error:  # decoders raise whatever they like on damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):

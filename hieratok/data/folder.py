@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,11 @@ def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(root, path)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.is_dir():
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             try:
-                yield path, entry.stat().st_size
-            except OSError:  # a dangling link is listed; reading it will say why it is bad
+                status = entry.stat()
+            except OSError:  # a dangling or circular link is listed; reading it will say why it is bad
                 yield path, -1
+            else:
+                if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                    yield path, status.st_size

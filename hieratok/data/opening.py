@@ -90,7 +90,7 @@ def _open(spec: str) -> ImageSource:
         return OpenMojiSource()
     path = Path(spec).expanduser()
     if path.is_dir():
-        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+        files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
         for suffix in (".parquet", ".tar"):
             shards = [file for file in files if file.suffix == suffix]
             if shards:
@@ -116,7 +116,11 @@ def _open_shards(paths: Sequence[Path], name: str) -> ImageSource:
         from .tar import TarSource
 
         return TarSource(paths, name)
-    raise DataError(f"'{name}' means files of the kinds {', '.join(sorted(suffixes))}; give .parquet or .tar files")
+    kinds = ", ".join(sorted(suffix or "none" for suffix in suffixes))
+    raise DataError(
+        f"'{name}' means files with the suffix {kinds}; give 'openmoji', a folder of images, or .parquet or "
+        f"uncompressed .tar files of one kind"
+    )
 
 
 def _held_out(source: ImageSource, fraction: float) -> np.ndarray:

@@ -26,6 +26,8 @@ LICENCE = "Emoji by OpenMoji (openmoji.org), CC BY-SA 4.0"
 SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 VARIATION_SELECTOR = 0xFE0F
 FILL = 0.86  # of the square's side, for an emoji as wide as its em
+LARGEST = 0.94  # of the square's side, for an emoji that is wider or taller
+COMPANION = "\U0001f396"  # as tall as any, and with nothing near its left edge
 
 
 class OpenMojiSource:
@@ -83,7 +85,7 @@ class OpenMojiSource:
         side = frame.image_size
         varied = rng if frame.augment else None
         scale = varied.uniform(0.6, 1.1) if varied else 1.0
-        emoji = self._draw(self.text(index), side, max(4, round(side * FILL * scale)))
+        emoji = self._draw(self.text(index), side, scale)
         if varied:
             reach = 0.12 * side
             emoji = emoji.rotate(
@@ -97,16 +99,33 @@ class OpenMojiSource:
         canvas.alpha_composite(emoji)
         return np.array(canvas.convert("RGB"))
 
-    def _draw(self, text: str, side: int, size: int) -> Image.Image:
-        """The emoji in the middle of a transparent square."""
-        font = _font(self.font, size)
-        left, top, right, bottom = font.getbbox(text)
-        if right <= left or bottom <= top:
+    def _draw(self, text: str, side: int, scale: float) -> Image.Image:
+        """The emoji in the middle of a transparent square; at scale 1 its longer side is at most `LARGEST`."""
+        size, largest = max(4, round(side * FILL * scale)), LARGEST * side * scale
+        while True:
+            ink, box = self._ink(text, size)
+            longer = max(box[2] - box[0], box[3] - box[1])
+            if longer <= largest or size <= 4:
+                break
+            size = max(4, min(size - 1, int(size * largest / longer)))
+        left, top = (box[0] + box[2] - side) // 2, (box[1] + box[3] - side) // 2
+        return ink.crop((left, top, left + side, top + side))
+
+    def _ink(self, text: str, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
+        """The emoji somewhere on a larger canvas, and the box of what is not transparent.
+
+        The font's own box is that of the uncoloured glyph, some pixels beside the colours, and Pillow cuts the
+        picture to it: hence a tall companion that makes the box large enough, and is taken away again.
+        """
+        font, start = _font(self.font, size), size // 2
+        end = start + math.ceil(font.getlength(text))
+        canvas = Image.new("RGBA", (end + start, 3 * size))
+        ImageDraw.Draw(canvas).text((start, start), text + COMPANION, font=font, embedded_color=True)
+        ink = canvas.crop((0, 0, end + size // 16, 3 * size))
+        box = ink.getbbox()
+        if box is None:
             raise BadImage("the font draws nothing for it")
-        canvas = Image.new("RGBA", (side, side))
-        corner = ((side - right - left) / 2, (side - bottom - top) / 2)
-        ImageDraw.Draw(canvas).text(corner, text, font=font, embedded_color=True)
-        return canvas
+        return ink, box
 
 
 @lru_cache(maxsize=128)

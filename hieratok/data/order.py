@@ -17,7 +17,8 @@ MASK = (1 << 64) - 1
 @lru_cache(maxsize=2)
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of `range(length)` in an epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed & MASK, epoch])).permutation(length)
+    key = np.array([seed & MASK, epoch], dtype=np.uint64)  # a list with a large seed would become floats
+    return np.random.Generator(np.random.Philox(key=key)).permutation(length)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

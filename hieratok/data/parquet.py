@@ -40,18 +40,36 @@ class ParquetSource(EncodedSource):
             files = [pq.ParquetFile(path, memory_map=True) for path in self.paths]
         except Exception as error:
             raise DataError(f"{name}: not a readable Parquet file: {error}") from error
+        self.starts = [0]
+        for file in files:
+            self.starts.append(self.starts[-1] + file.metadata.num_rows)
+        if self.starts[-1] == 0:
+            raise DataError(f"{name} holds no rows")
         schema = files[0].schema_arrow
         self.column = _pick(schema.names, IMAGE_COLUMNS)
         if self.column is None:
             raise DataError(f"{name} has the columns {', '.join(schema.names)}; images are looked for in "
                             f"{', '.join(IMAGE_COLUMNS)}")  # fmt: skip
-        self.starts = [0]
-        for file in files:
-            self.starts.append(self.starts[-1] + file.metadata.num_rows)
         self.digest = digest([p for path in self.paths for p in (path.name, path.stat().st_size)] + [self.starts[-1]])
-        self._labels, self.classes = self._read_labels(files, schema)
         size = sum(path.stat().st_size for path in self.paths)
-        self._images = self._load(files) if size <= in_memory else self._map(files)
+        self._cache: Path | None = None
+        try:
+            self._labels, self.classes = self._read_labels(files, schema)
+            if size > in_memory:
+                self._cache = self._write_cache(files)
+            self._images = self._map(self._cache) if self._cache else self._load(files)
+        except DataError:
+            raise
+        except Exception as error:  # damaged pages, other columns than the first file's, no room for the cache
+            raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_images": None} if self._cache else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._cache:
+            self._images = self._map(self._cache)
 
     def _read_labels(self, files: Sequence[Any], schema: Any) -> tuple[Any, list[str]]:
         column = _pick(schema.names, LABEL_COLUMNS)
@@ -65,13 +83,15 @@ class ParquetSource(EncodedSource):
         """One array of bytes per row group, in memory."""
         return [_bytes_of(batch.column(0)) for file in files for batch in self._batches(file)]
 
-    def _map(self, files: Sequence[Any]) -> list[Any]:
-        """The same arrays, mapped from an Arrow file that is written at the first use."""
+    def _write_cache(self, files: Sequence[Any]) -> Path:
+        """The Arrow file that holds the same arrays uncompressed, written at the first use."""
         import pyarrow as pa
 
         cache = Path(os.environ.get("HIERATOK_CACHE", Path.home() / ".cache" / "hieratok"))
         cache.mkdir(parents=True, exist_ok=True)
-        path = cache / f"{self.digest[:32]}.arrow"
+        # Other files may have the same names and sizes: where and when they were written tells them apart.
+        origin = digest(p for path in self.paths for p in (str(path.resolve()), path.stat().st_mtime_ns))
+        path = cache / f"{self.digest[:16]}{origin[:16]}.arrow"
         if not path.exists():
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             schema = pa.schema([("image", pa.large_binary())])
@@ -80,7 +100,13 @@ class ParquetSource(EncodedSource):
                     for batch in self._batches(file):
                         writer.write(pa.record_batch([_bytes_of(batch.column(0))], schema=schema))
             os.replace(unfinished, path)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return path
+
+    @staticmethod
+    def _map(cache: Path) -> list[Any]:
+        import pyarrow as pa
+
+        reader = pa.ipc.open_file(pa.memory_map(str(cache)))
         return [reader.get_batch(i).column(0) for i in range(reader.num_record_batches)]
 
     def _batches(self, file: Any) -> Any:

@@ -13,6 +13,9 @@ from .decode import decode_image
 from .frame import Frame, crop_image
 
 
+MAX_CLASSES = 1_000_000  # larger integers are somebody's identifiers, and not numbered from 0
+
+
 class ImageSource(Protocol):
     """A numbered set of labelled images.
 
@@ -130,8 +133,8 @@ def digest(parts: Iterable[str | bytes | int]) -> str:
 
 
 def resolve_labels(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    """Labels as indices and the names of the classes: sorted names, or `0..max` where the labels are integers."""
-    if all(isinstance(v, (int, np.integer)) and v >= 0 for v in values):
+    """Labels as indices and the names of the classes: sorted names, or `0..max` where the labels are small integers."""
+    if all(isinstance(v, (int, np.integer)) and 0 <= v < MAX_CLASSES for v in values):
         labels = np.asarray(values, dtype=np.int64)
         return labels, [str(i) for i in range(int(labels.max()) + 1)] if len(labels) else []
     names = sorted({str(v) for v in values})

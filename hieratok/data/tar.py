@@ -77,6 +77,8 @@ def _index(path: Path) -> list[tuple[str, int, int, Any]]:
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
+                if base.startswith("."):  # macOS packs a hidden `._name.jpg` beside each file
+                    continue
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 suffix = "." + extension.rsplit(".", 1)[-1].lower()
@@ -87,8 +89,15 @@ def _index(path: Path) -> list[tuple[str, int, int, Any]]:
                     label = _label(suffix, file.read() if file else b"")
                     if label is not None and (suffix == ".cls" or key not in labels):
                         labels[key] = label
+            # tarfile takes a damaged header for the end of the archive, whose sign is zeros.
+            if tar.fileobj is not None:
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a complete, uncompressed tar file: {error}") from error
+        raise DataError(
+            f"{path} is not a complete, uncompressed tar file: {error}. Fetch it anew, or uncompress it (gunzip, unzstd)"
+        ) from error
     found = []
     for name, offset, size in images:
         folder, _, base = name.rpartition("/")
@@ -110,4 +119,4 @@ def _label(suffix: str, data: bytes) -> Any:
             if isinstance(values, dict)
             else None
         )
-    return int(text) if suffix == ".cls" and text.isdigit() else text or None
+    return int(text) if suffix == ".cls" and text.isascii() and text.isdigit() else text or None

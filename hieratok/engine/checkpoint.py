@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,17 +41,17 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, keep: int) -> Path:
-    """Write checkpoint `step` below `folder`, then remove all but the newest `keep`.
+    """Write checkpoint `step` below `folder`, then remove older ones until `keep` are left.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     unfinished = folder / f".step-{step:08d}.{os.getpid()}.tmp"
-    for stale in folder.glob(".step-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".step-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
         unfinished.mkdir()
         files = {f"{name}.safetensors": save_safetensors(_contiguous(part)) for name, part in tensors.items()}
         files[STATE] = json.dumps(state, indent=1, sort_keys=True).encode()
@@ -67,12 +67,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
         sync_folder(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
         raise CheckpointError(
             f"checkpoint {final} could not be written ({error.strerror or error}; {free / 1e6:.0f} MB free); "
             f"older checkpoints are untouched. Make room, then go on with --resume"
         ) from error
-    for old in all_steps(folder)[:-keep]:
+    # A newer one is damaged, or this would not be its past; it must not count among those that are kept.
+    for old in [known for known in all_steps(folder) if known <= step][:-keep]:
         shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
     return final
 
@@ -97,21 +98,18 @@ def load(path: Path) -> Checkpoint:
         tensors: Tensors = {}
         state: dict[str, Any] | None = None
         for name, facts in files.items():
-            data = _verified(path / Path(name).name, facts)
-            if name == STATE:
-                state = json.loads(data)
-            elif name.endswith(".safetensors"):
-                tensors[name.removesuffix(".safetensors")] = load_safetensors(data)
+            file = path / Path(name).name
+            content = _parsed(file, _verified(file, facts))
+            if file.name == STATE:
+                state = dict(content)
             else:
-                raise CheckpointError(f"{path / name} is of a kind that checkpoints do not hold")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+                tensors[file.stem] = content
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # safetensors raises its own kind
-        raise CheckpointError(f"{path} is damaged: {error}") from error
     if state is None or "model" not in tensors:
         raise CheckpointError(f"{path} lacks {STATE} or the model")
+    if state.get("step", step) != step:
+        raise CheckpointError(f"{path / MANIFEST} says step {step}, {STATE} says {state['step']}")
     return Checkpoint(path, step, tensors, state)
 
 
@@ -159,18 +157,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """An optimizer's state as `{parameter}:{slot}` tensors."""
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizers' state as `{parameter}:{slot}` tensors; each parameter belongs to one of them."""
     return {
         f"{names[parameter]}:{slot}": value.detach()
+        for optimizer in optimizers
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
         if isinstance(value, Tensor)
     }
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Put back what `optimizer_tensors` gave.
 
@@ -178,14 +177,16 @@ def restore_optimizer(
         CheckpointError: the state is of other parameters.
     """
     parameters = {name: parameter for parameter, name in names.items()}
-    optimizer.state.clear()
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        optimizer.state.clear()
     for key, value in tensors.items():
         name, _, slot = key.rpartition(":")
         if name not in parameters:
             raise CheckpointError(f"the optimizer's state has '{name}', which this model has not")
         parameter = parameters[name]
         place = torch.device("cpu") if slot == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][slot] = value.to(place)
+        owner[parameter].state[parameter][slot] = value.to(place)
 
 
 def _contiguous(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,10 +205,22 @@ def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
     return data
 
 
+def _parsed(path: Path, data: bytes) -> Any:
+    """What a file holds; nothing but JSON and safetensors is ever interpreted."""
+    try:
+        if path.name == STATE:
+            return json.loads(data)
+        if path.suffix == ".safetensors":
+            return load_safetensors(data)
+    except Exception as error:  # safetensors raises its own kind
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    raise CheckpointError(f"{path} is of a kind that checkpoints do not hold")
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

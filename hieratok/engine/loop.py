@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,14 @@ class Engine:
         folder: Path,
         accelerator: Accelerator,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         *,
         total_steps: int,
         model_config: Mapping[str, Any],
         bad: BadSamples,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
-        self.model, self.optimizer, self.bad = model, optimizer, bad
+        self.model, self.optimizers, self.bad = model, list(optimizers), bad
         self.device = accelerator.device
         self.main = accelerator.is_main_process
         self.world_size = accelerator.num_processes
@@ -115,7 +115,7 @@ class Engine:
             self.model.load_state_dict(newest.tensors["model"])
             if self.ema is not None:
                 self.ema.load({k: v.to(self.device) for k, v in newest.tensors["ema"].items()})
-            checkpoint.restore_optimizer(self.optimizer, self.names, newest.tensors["optimizer"])
+            checkpoint.restore_optimizers(self.optimizers, self.names, newest.tensors["optimizer"])
             torch.set_rng_state(newest.tensors["rng"]["cpu"])
             self.step = int(newest.state["step"])
             self.elapsed = self._elapsed_before = float(newest.state["elapsed"])
@@ -183,7 +183,8 @@ class Engine:
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to `max_grad_norm`; gives their norm before that."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = self.config.max_grad_norm or math.inf
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
@@ -207,11 +208,12 @@ class Engine:
             max((self.step + 1) / self.total_steps, self.progress),
             self.config.learning_rate, self.config.final_learning_rate, self.config.warmup_ratio,
         )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros((), device=self.device)) + norm
         self._steps_summed += 1
@@ -248,7 +250,7 @@ class Engine:
         if self.main:
             tensors: dict[str, Mapping[str, Tensor]] = {
                 "model": self.model.state_dict(),
-                "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
+                "optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
                 "rng": {"cpu": torch.get_rng_state()},
             }
             if self.ema is not None:
@@ -295,7 +297,7 @@ class Engine:
         step, elapsed = self._logged_at
         speed = (self.step - step) * self.config.batch_size / max(self.elapsed - elapsed, 1e-9)
         self._logged_at = (self.step, self.elapsed)
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizers[0].param_groups[0]["lr"]
         self.log.metrics("train", self.step, {
             **values, "learning_rate": rate, "samples_seen": self.samples_seen, "bad_images": len(self.bad),
             "images_per_second": round(speed, 2), "elapsed": round(self.elapsed, 3),

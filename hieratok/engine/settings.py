@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TrainConfig:
     max_minutes: float | None = None
     batch_size: int = 256  # of all processes together
     accumulation: int = 1  # micro-batches per step
+    optimizer: Optimizer = "adamw"  # muon, for the matrices of the blocks, learns more from few steps
     learning_rate: float = 4e-4
     final_learning_rate: float = 4e-6
     warmup_ratio: float = 0.03

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +29,7 @@ HEADS = Path(__file__).parent / "weights" / "lpips_vgg16_heads.safetensors"
 
 # Layers of torchvision's vgg16().features up to relu5_3; a number is a convolution's width, "M" a max pooling.
 VGG16_LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+CACHED_NUMBERS = 1 << 17  # float32 numbers of one map that are worked on at a time, half a megabyte
 MINI_HEAD = 0.1  # |a - b|^2 = 2 (1 - cos) for unit vectors, and there are five layers
 VGG16_TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
@@ -145,15 +146,48 @@ class LPIPS(nn.Module):
             target_maps = self.network.features(targets)
         distance = images.new_zeros(len(images), dtype=torch.float32)
         for i, (a, b) in enumerate(zip(self.network.features(images), target_maps, strict=True)):
-            difference = (unit_norm(a) - unit_norm(b)).square() * getattr(self, f"head{i}")
-            distance = distance + difference.sum(dim=1).mean(dim=(1, 2))
+            distance = distance + UnitDistance.apply(a, b, getattr(self, f"head{i}"))
         return distance
 
 
-def unit_norm(maps: Tensor, eps: float = 1e-8) -> Tensor:
-    """Maps `(B, C, h, w)` in float32 with vectors of unit length at every position."""
-    maps = maps.float()
-    return maps * torch.rsqrt(maps.square().sum(dim=1, keepdim=True) + eps)
+class UnitDistance(torch.autograd.Function):
+    """Mean over positions of the weighted squared difference of two maps whose vectors are scaled to unit length.
+
+    The gradient is found in the forward pass, a few samples at a time: the dozen intermediate maps then stay in the
+    processor's cache, which makes both passes together about four times as fast as autograd's on a CPU
+    (`benchmarks/lpips.py`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """`(B,)` float32 of maps and targets `(B, C, h, w)`, weights `(1, C or 1, 1, 1)`; no gradient to targets."""
+        positions = maps.shape[2] * maps.shape[3]
+        at_once = max(1, CACHED_NUMBERS // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
+        gradient = torch.empty_like(maps) if ctx.needs_input_grad[0] else None
+        distances = []
+        for start in range(0, len(maps), at_once):
+            a, b = maps[start : start + at_once].float(), targets[start : start + at_once].float()
+            inverse_length = inverse_norm(a)
+            a = a * inverse_length
+            difference = a - b * inverse_norm(b)  # not fused, so that equal images are at distance 0
+            weighted = difference * weights
+            distances.append(difference.mul_(weighted).sum(dim=(1, 2, 3)) / positions)
+            if gradient is not None:  # of a unit vector: what lies along the vector cancels
+                along = (a * weighted).sum(dim=1, keepdim=True)
+                part = weighted.addcmul_(a, along, value=-1).mul_(inverse_length.mul_(2 / positions))
+                gradient[start : start + at_once] = part
+        ctx.save_for_backward(gradient)
+        return torch.cat(distances)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].view(-1, 1, 1, 1).to(gradient.dtype), None, None
+
+
+def inverse_norm(maps: Tensor, eps: float = 1e-8) -> Tensor:
+    """One over the length of the vector at every position, `(B, 1, h, w)`."""
+    return maps.square().sum(dim=1, keepdim=True).add_(eps).rsqrt_()
 
 
 NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {"mini": load_mini, "vgg16": load_vgg16}

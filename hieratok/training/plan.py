@@ -18,7 +18,7 @@ from ..engine.loop import Engine, make_accelerator
 from ..losses import TokenizerLoss
 from ..models.cost import cost_table
 from ..models.presets import build_model
-from .tokenizer import TokenizerRun, describe_device, make_optimizer, plain_config, train_step
+from .tokenizer import TokenizerRun, describe_device, make_optimizers, plain_config, train_step
 
 PATIENCE = 20.0  # seconds that one timed step may take; a longer one is timed on fewer images
 
@@ -72,7 +72,7 @@ def plan(run: TokenizerRun) -> Plan:
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
     train_images, val_images = run.data.open("train"), run.data.open("val")
     engine = Engine(
-        run.train, Path(run.output), accelerator, model, make_optimizer(model, run.train),
+        run.train, Path(run.output), accelerator, model, make_optimizers(model, run.train),
         total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),
         bad=BadSamples(len(train_images), 1.0),
     )  # fmt: skip

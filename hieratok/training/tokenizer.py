@@ -116,7 +116,7 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         if accelerator.is_main_process:
             start(folder, to_dict(run), run_facts(run, accelerator, train_images, val_images), resume=resume)
     engine = Engine(
-        run.train, folder, accelerator, model, make_optimizer(model, run.train),
+        run.train, folder, accelerator, model, make_optimizers(model, run.train),
         total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),
         bad=BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl"),
     )  # fmt: skip
@@ -165,16 +165,30 @@ def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch
     engine.optimizer_step(grad_norm)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; vectors and embeddings do not decay, as in DeiT and MAE."""
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Table 8); vectors and embeddings do not decay, as in DeiT and MAE.
+
+    `optimizer=muon` gives the matrices inside the transformers' blocks to Muon, with its steps scaled to the size of
+    AdamW's, so that one learning rate serves both (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
+    """
+    blocks: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and not name.endswith(("position", "scale_embedding"))
-        (matrices if decays else vectors).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        if config.optimizer == "muon" and ".blocks." in name and parameter.ndim == 2:
+            blocks.append(parameter)
+        elif parameter.ndim >= 2 and not name.endswith(("position", "scale_embedding")):
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    rate, decay = config.learning_rate, config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)]
+    if blocks:
+        muon = torch.optim.Muon(blocks, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
 def endless(loader: Any) -> Generator[Batch, None, None]:

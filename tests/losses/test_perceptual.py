@@ -117,3 +117,25 @@ def test_files_that_are_not_the_network_are_refused(tmp_path):
         LPIPS("mini", tmp_path / "wrong.safetensors")
     with pytest.raises(ConfigError, match="mini, vgg16"):
         LPIPS("alex")
+
+
+@pytest.mark.parametrize("channels_of_weights", [1, 24])
+def test_the_distance_of_unit_vectors_and_its_gradient_are_those_of_the_formula(channels_of_weights):
+    from hieratok.losses.perceptual import CACHED_NUMBERS, UnitDistance
+
+    torch.manual_seed(0)
+    maps = torch.randn(5, 24, 65, 40, requires_grad=True)  # more than one part on a CPU, the last one smaller
+    assert maps[0].numel() * 2 < CACHED_NUMBERS < maps.numel()
+    targets, weights = torch.randn(5, 24, 65, 40), torch.rand(1, channels_of_weights, 1, 1)
+    upstream = torch.rand(5)
+
+    ours = UnitDistance.apply(maps, targets, weights)
+    (gradient,) = torch.autograd.grad(ours, maps, upstream)
+
+    def unit(x):
+        return x / (x.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
+
+    formula = ((unit(maps) - unit(targets)).square() * weights).sum(dim=1).mean(dim=(1, 2))
+    (expected,) = torch.autograd.grad(formula, maps, upstream)
+    torch.testing.assert_close(ours, formula)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)

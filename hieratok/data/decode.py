@@ -42,8 +42,8 @@ def decode_image(data: bytes, min_side: int | None, max_pixels: int, background:
             raise BadImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
         drafted = image.draft("RGB", (min_side, min_side)) if min_side is not None else None
         image.load()
-        if drafted is not None:  # the last row and column of a reduced JPEG may stand for a part of a pixel only
-            whole = int(drafted[1][2]), int(drafted[1][3])
+        if drafted is not None:  # the last row and column of a reduced JPEG may stand for a fraction of a pixel
+            whole = round(drafted[1][2]), round(drafted[1][3])
             image = image.crop((0, 0, *whole)) if whole != image.size else image
         return to_rgb(upright(image), background)
     except BadImage:

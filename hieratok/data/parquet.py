@@ -77,7 +77,9 @@ class ParquetSource(EncodedSource):
             return resolve_labels([0] * self.starts[-1])
         values = [v for file in files for v in file.read(columns=[column]).column(0).to_pylist()]
         labels, classes = resolve_labels(values)
-        return labels, _huggingface_names(schema, column) or classes
+        names = _huggingface_names(schema, column)
+        # -1 stands for no label in the hidden parts of public sets; the names say nothing of it.
+        return labels, names if names and all(v in range(len(names)) for v in values) else classes
 
     def _load(self, files: Sequence[Any]) -> list[Any]:
         """One array of bytes per row group, in memory."""

@@ -12,7 +12,6 @@ import numpy as np
 from .decode import decode_image
 from .frame import Frame, crop_image
 
-
 MAX_CLASSES = 1_000_000  # larger integers are somebody's identifiers, and not numbered from 0
 
 

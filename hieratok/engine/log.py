@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .checkpoint import write_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -17,14 +19,15 @@ class RunLog:
     """Writes the metrics of a run; on a process that is not the main one it does nothing."""
 
     def __init__(self, folder: Path, *, main: bool, tensorboard: bool, from_step: int) -> None:
-        """`from_step`: where the run goes on; lines beyond it belong to a future that was lost, and are removed."""
+        """`from_step`: where the run goes on; what was written after its checkpoint will come again, and is removed."""
         self.path = folder / METRICS
         self.main = main
         self.board: Any = None
         if not main:
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # The mean of a step's interval is logged before its checkpoint, the evaluation after it.
+        kept = [line for line in read_metrics(self.path) if line["step"] + (line["kind"] == "eval") <= from_step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.bad import BadSamples
 from ..data.loader import Batch
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, NonFiniteError
 from . import checkpoint
 from .ema import EMA
 from .guards import SignalGuard, Stopped, refuse_non_finite
@@ -246,22 +246,34 @@ class Engine:
         return nullcontext() if self.ema is None else self.ema.applied(self.model)
 
     def save(self) -> None:
-        """Write a checkpoint of this step; all processes wait for it."""
+        """Write a checkpoint of this step; all processes wait for it.
+
+        Raises:
+            NonFiniteError: the weights are not finite; the older checkpoints stay the newest.
+            CheckpointError: the disk is full or cannot be written.
+        """
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors
+        for part in tensors.values():
+            for name, tensor in part.items():
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteError(f"step {self.step}: {name} is not finite; no checkpoint was written. Lower "
+                                         f"train.learning_rate, then go on with --resume")  # fmt: skip
+        names = sorted(self._sums)
+        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "mean") if names else []
         if self.main:
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                "model": self.model.state_dict(),
-                "optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
-                "rng": {"cpu": torch.get_rng_state()},
-            }
-            if self.ema is not None:
-                tensors["ema"] = self.ema.tensors
             state = {
                 "step": self.step,
                 "samples_seen": self.samples_seen,
                 "elapsed": self.elapsed,
                 "world_size": self.world_size,
                 "model": self.model_config,
-                "sums": {name: float(value) for name, value in self._sums.items()},
+                "sums": {name: float(value) for name, value in zip(names, sums, strict=True)},
                 "steps_summed": self._steps_summed,
                 "scaler": self.scaler.state_dict(),
             }

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, HieratokError
 from ..models.tokenizer import HieraTok
 from . import checkpoint
 from .checkpoint import write_atomically
@@ -22,7 +22,16 @@ from .checkpoint import write_atomically
 RUN, CONFIG, MODEL, CHECKPOINTS = "run.json", "config.yaml", "model", "checkpoints"
 
 # Changing one of these makes another run; all else may change when a run goes on.
-FIXED = ("model", "data", "seed", "loss", "train.batch_size", "train.accumulation", "train.precision")
+FIXED = (
+    "model",
+    "data",
+    "seed",
+    "loss",
+    "train.batch_size",
+    "train.accumulation",
+    "train.precision",
+    "train.optimizer",
+)
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.max_val_images")
 
 
@@ -48,8 +57,9 @@ def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, 
         "versions": versions(),
         **facts,
     }
-    write_atomically(record, json.dumps(values, indent=1).encode())
+    # run.json comes last: where it is, the recipe to resume from is too.
     write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
+    write_atomically(record, json.dumps(values, indent=1).encode())
 
 
 def refuse_changes(
@@ -112,7 +122,12 @@ def load_tokenizer(path: str | Path) -> HieraTok:
     if (path / MODEL / "config.json").exists():
         path = path / MODEL
     if (path / "config.json").exists():
-        return HieraTok.from_pretrained(path).eval()
+        try:
+            return HieraTok.from_pretrained(path).eval()
+        except HieratokError:
+            raise
+        except Exception as error:  # diffusers and safetensors raise kinds of their own
+            raise CheckpointError(f"the model in {path} is damaged: {error}") from error
     if (path / checkpoint.MANIFEST).exists():
         return from_checkpoint(checkpoint.load(path))
     newest, _ = checkpoint.newest_valid(path / CHECKPOINTS)

@@ -43,19 +43,23 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        positive = {"batch_size": self.batch_size, "accumulation": self.accumulation, "log_every": self.log_every,
-                    "checkpoint_every": self.checkpoint_every, "learning_rate": self.learning_rate}  # fmt: skip
-        for name, value in positive.items():
-            if value <= 0:
-                raise ConfigError(f"train.{name} is {value}; it must be above 0")
+        for name in ("epochs", "steps", "max_minutes", "batch_size", "accumulation", "log_every", "checkpoint_every",
+                     "learning_rate"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"train.{name} is {value}; it must be above 0 and finite")
+        for name in ("final_learning_rate", "weight_decay", "max_grad_norm", "picture_every"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"train.{name} is {value}; it must be 0 or above, and finite")
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give one of train.epochs and train.steps, and set the other to null")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
-        if len(self.betas) != 2:
-            raise ConfigError(f"train.betas is {list(self.betas)}; AdamW takes two numbers")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas is {list(self.betas)}; AdamW takes two numbers in [0, 1)")
         if self.keep_checkpoints < 2:
             raise ConfigError("train.keep_checkpoints must be at least 2: a write can fail while the last one is used")
 

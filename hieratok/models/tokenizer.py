@@ -163,6 +163,8 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
         attention_pattern: `scale_causal`, `scale_independent` or `full` (Table 3).
         attention_backend: `auto`, `prefix` or `mask`; the same result at another speed.
         downsampler: `conv` or `interpolation` (Table 3).
+        initial_log_variance: of the posterior before training. At 0 its noise drowns the latents until the encoder
+            has learned to quieten it, which a short run feels.
         pixel_head: `shared` by all scales, or one `per_scale`. Table 7's parameter count leaves room for one only.
         scaling_factor: 1 / standard deviation of the latents, as pipelines with a single factor expect.
         shift_factor: None; kept because pipelines read it.
@@ -203,6 +205,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
         attention_pattern: str = "scale_causal",
         attention_backend: str = "auto",
         downsampler: str = "conv",
+        initial_log_variance: float = 0.0,
         pixel_head: str = "shared",
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
@@ -251,6 +254,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
                     nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.constant_(self.encoder.moments.bias[self.config.latent_channels :], self.config.initial_log_variance)
         for table in (self.encoder.position, self.decoder.position, self.decoder.scale_embedding):
             nn.init.trunc_normal_(table, std=std)
 

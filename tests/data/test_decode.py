@@ -177,7 +177,7 @@ PNG = encode(Image.fromarray(NOISE), "PNG")
         (JPEG[: len(JPEG) // 2], "truncated"),
         (PNG[: len(PNG) // 2], "truncated"),
         (JPEG[:4], "not an image|truncated"),
-        (PNG[:20], "not an image|truncated"),
+        (PNG[:20], "not an image|Truncated"),
     ],
 )
 def test_what_is_not_a_whole_image_is_bad_and_says_why(data, reason):

@@ -451,9 +451,9 @@ def test_an_optimizer_goes_on_as_if_it_had_not_been_saved():
     step(model, optimizer)
     other, restored, other_names = build()
     other.load_state_dict(model.state_dict())
-    saved = {key: value.clone() for key, value in checkpoint.optimizer_tensors(optimizer, names).items()}
+    saved = {key: value.clone() for key, value in checkpoint.optimizer_tensors([optimizer], names).items()}
     assert set(saved) == {f"{p}:{s}" for p in ("weight", "bias") for s in ("step", "exp_avg", "exp_avg_sq")}
-    checkpoint.restore_optimizer(restored, other_names, saved)
+    checkpoint.restore_optimizers([restored], other_names, saved)
     for _ in range(3):
         step(model, optimizer)
         step(other, restored)
@@ -464,7 +464,9 @@ def test_an_optimizer_of_another_model_is_refused():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="'blocks.0.weight', which this model has not"):
-        checkpoint.restore_optimizer(optimizer, {model.weight: "weight"}, {"blocks.0.weight:step": torch.tensor(1.0)})
+        checkpoint.restore_optimizers(
+            [optimizer], {model.weight: "weight"}, {"blocks.0.weight:step": torch.tensor(1.0)}
+        )
 
 
 def test_a_file_is_replaced_in_one_step_even_after_a_crash_left_its_draft(tmp_path):

@@ -77,7 +77,7 @@ def main() -> None:
     for name, call in {"forward": forward, "+ loss": forward_and_loss, "+ backward": gradients, "+ step": step}.items():
         seconds = seconds_of(call, args.turns)
         print(
-            f"  {name:11} {1000 * seconds:7.0f} ms   {seconds / floor:5.2f} x floor {len(images) / seconds:7.1f} images/s"
+            f"  {name:11} {1000 * seconds:7.0f} ms   {seconds / floor:5.2f} x floor {len(images) / seconds:7.1f} img/s"
         )
 
 

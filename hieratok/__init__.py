@@ -18,6 +18,9 @@ _PUBLIC = {
     "open_source": ".data.opening",
 }
 
+# A pipeline loads a component of another library only if that library has the base class under this name.
+_FOR_DIFFUSERS = {"ModelMixin": "diffusers.models.modeling_utils"}
+
 if TYPE_CHECKING:
     from .data.latents import encode as encode
     from .data.opening import open_source as open_source
@@ -32,11 +35,12 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    home = _PUBLIC.get(name) or _FOR_DIFFUSERS.get(name)
+    if home is None:
         raise AttributeError(f"module 'hieratok' has no attribute '{name}'")
     from importlib import import_module
 
-    value = getattr(import_module(_PUBLIC[name], __name__), name)
+    value = getattr(import_module(home, __name__), name)
     globals()[name] = value
     return value
 

@@ -28,7 +28,11 @@ class BadSamples:
         self.length, self.max_fraction, self.path = length, max_fraction, path
         self.seen: dict[int, BadSample] = {}
         if path is not None and path.exists():
-            for line in path.read_text().splitlines():
+            lines = path.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # the machine stopped while it was written
+                path.write_text("".join(lines[:-1]))
+                lines.pop()
+            for line in lines:
                 sample = BadSample(**json.loads(line))
                 self.seen[sample.index] = sample
 

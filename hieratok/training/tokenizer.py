@@ -132,6 +132,10 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         rank=accelerator.process_index, world_size=accelerator.num_processes, start=engine.samples_seen,
         num_workers=run.data.num_workers,
     )  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters / 1e6:.2f}M parameters, {len(train_images):,} training and {len(val_images):,} validation images "
+        f"of {train_images.name}, {describe_device(accelerator.device)}; everything goes to {folder}",
+        main=engine.main)  # fmt: skip
     pictured = pick_images(val_images, frame, PICTURED)
 
     def look() -> None:

@@ -68,7 +68,7 @@ def test_every_exif_orientation_gives_the_same_upright_picture(orientation, kind
 def test_a_reduced_jpeg_is_turned_upright_too():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(smooth(203, 101)))), "JPEG", exif=exif, quality=95)
+    data = encode(Image.fromarray(np.ascontiguousarray(np.rot90(smooth(201, 101)))), "JPEG", exif=exif, quality=95)
     image = decode_image(data, 25, MAX)
     assert image.size == (50, 25)
     assert np.abs(np.array(image).astype(int)[2, 48] - smooth(50, 25)[2, 48]).max() < 8
@@ -203,7 +203,7 @@ def test_a_jpeg_decoded_small_has_no_fewer_pixels_than_asked_for_and_looks_the_s
     full, small = decode_image(data, None, MAX), decode_image(data, side, MAX)
     assert full.size == size
     assert min(small.size) >= min(side, *size)
-    assert min(small.size) < 2 * side or min(small.size) == min(size) // 8
+    assert min(small.size) <= 2 * side or min(small.size) == round(min(size) / 8)
     both = [np.array(image.resize((16, 16), Image.Resampling.LANCZOS)).astype(int) for image in (full, small)]
     assert np.abs(both[0] - both[1]).mean() < 2
 

@@ -201,7 +201,7 @@ def test_it_loads_through_automodel_and_as_the_vae_of_a_pipeline(tiny_model, tmp
     DiTPipeline(transformer=transformer, vae=tiny_model, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["hieratok", "HieraTok"]
 
-    loaded = AutoModel.from_pretrained(tmp_path, subfolder="vae")
+    loaded = AutoModel.from_pretrained(str(tmp_path), subfolder="vae")
     assert isinstance(loaded, HieraTok)
     assert torch.equal(loaded(images(), False).sample, tiny_model(images(), False).sample)
 
@@ -261,3 +261,11 @@ def test_images_and_latents_of_another_size_are_refused(tiny_model):
         tiny_model.encode(images(1, 64))
     with pytest.raises(ValueError, match=r"\(B, 4, 4, 4\)"):
         tiny_model.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_the_posterior_starts_as_loud_as_the_configuration_says(tiny_fields):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for log_variance in (0.0, -6.0):
+        model = HieraTok(**tiny_fields, initial_log_variance=log_variance).eval()
+        posterior = model.encode(images).latent_dist
+        torch.testing.assert_close(posterior.logvar.mean().item(), log_variance, atol=0.2, rtol=0)

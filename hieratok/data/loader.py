@@ -162,4 +162,5 @@ def _loader(samples: _Samples, batches: Any, num_workers: int) -> DataLoader[Bat
         worker_init_fn=_prepare_worker,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each pass takes a number from the global one, and resuming is not exact
     )

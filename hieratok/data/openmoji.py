@@ -114,8 +114,8 @@ class OpenMojiSource:
     def _ink(self, text: str, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
         """The emoji somewhere on a larger canvas, and the box of what is not transparent.
 
-        The font's own box is that of the uncoloured glyph, some pixels beside the colours, and Pillow cuts the
-        picture to it: hence a tall companion that makes the box large enough, and is taken away again.
+        The font's own box is that of the uncoloured glyph: some pixels beside the colours, and at some sizes a row
+        too low, which Pillow cuts off. A tall companion makes the box large enough, and is taken away again.
         """
         font, start = _font(self.font, size), size // 2
         end = start + math.ceil(font.getlength(text))

@@ -96,7 +96,8 @@ def _index(path: Path) -> list[tuple[str, int, int, Any]]:
                     raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
-            f"{path} is not a complete, uncompressed tar file: {error}. Fetch it anew, or uncompress it (gunzip, unzstd)"
+            f"{path} is not a complete, uncompressed tar file: {error}. "
+            f"Fetch it anew, or uncompress it (gunzip, unzstd)"
         ) from error
     found = []
     for name, offset, size in images:

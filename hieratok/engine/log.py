@@ -19,14 +19,15 @@ class RunLog:
     """Writes the metrics of a run; on a process that is not the main one it does nothing."""
 
     def __init__(self, folder: Path, *, main: bool, tensorboard: bool, from_step: int) -> None:
-        """`from_step`: where the run goes on; what was written after its checkpoint will come again, and is removed."""
+        """`from_step`: where the run goes on; lines beyond it belong to a future that was lost, and are removed."""
         self.path = folder / METRICS
         self.main = main
         self.board: Any = None
+        self.evaluated: set[int] = set()
         if not main:
             return
-        # The mean of a step's interval is logged before its checkpoint, the evaluation after it.
-        kept = [line for line in read_metrics(self.path) if line["step"] + (line["kind"] == "eval") <= from_step]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step]
+        self.evaluated = {line["step"] for line in kept if line["kind"] == "eval"}
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         if tensorboard:
             try:
@@ -38,8 +39,11 @@ class RunLog:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line; numbers also go to TensorBoard under `kind/name`."""
-        if not self.main:
+        """Append one line; numbers also go to TensorBoard under `kind/name`.
+
+        An evaluation that is made again because the run goes on from its step is not written again.
+        """
+        if not self.main or (kind == "eval" and step in self.evaluated):
             return
         with open(self.path, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

@@ -30,6 +30,7 @@ from ..engine.loop import Engine, make_accelerator
 from ..engine.pictures import reconstruction_grid, save_picture
 from ..engine.run_folder import MODEL, start
 from ..engine.settings import TrainConfig
+from ..errors import DataError
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
 from ..models.presets import build_model, model_fields
@@ -202,10 +203,19 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def endless(loader: Any) -> Generator[Batch, None, None]:
-    """The loader's batches; closing it ends its workers."""
+    """The loader's batches; closing it ends its workers.
+
+    Raises:
+        DataError: a batch without a single usable image.
+    """
     iterator = iter(loader)
     try:
-        yield from iterator
+        for batch in iterator:
+            if not batch.keys:
+                last = batch.bad[-1]
+                raise DataError(f"not one image of a whole batch could be used, nor any other in its place; the last "
+                                f"one is {last.key}: {last.reason}")  # fmt: skip
+            yield batch
     finally:
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:

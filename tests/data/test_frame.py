@@ -56,7 +56,7 @@ def test_a_random_crop_stays_inside_and_moves():
     assert sides.min() > 200 * MIN_CROP - 5 and sides.max() < 205
     assert sides.max() - sides.min() > 20
     assert np.abs(sides - (bottom - top)).max() < 6
-    assert left.min() < 15 and right.max() > 285 and top.min() < 5 and bottom.max() > 195
+    assert left.min() < 15 and right.max() > 285 and top.min() < 5 and top.max() > 15 and bottom.max() > 195
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "squash"])

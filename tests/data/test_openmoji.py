@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from hieratok.data.decode import BadImage
 from hieratok.data.frame import Frame
@@ -131,6 +132,21 @@ def test_no_edge_is_cut_off(emoji, number, name):
         assert a[edge].mean() < b[edge].mean() + 90, edge
 
 
+@pytest.mark.parametrize(
+    "name, size",
+    [("1F425", 57), ("1F697", 57), ("1F685", 28), ("1F685", 60), ("1F5FB", 20), ("1F1E6-1F1EC", 56), ("1F9D1", 110)],
+)
+def test_the_ink_is_that_of_the_emoji_within_a_text(emoji, number, name, size):
+    """On its own, Pillow cuts a row off some of these; with a tall neighbour, whichever it is, it does not."""
+    text = emoji.text(number[name])
+    found, box = emoji._ink(text, size)
+    beside = Image.new("RGBA", (4 * size, 3 * size))
+    ImageDraw.Draw(beside).text((size // 2,) * 2, text + "\u2614", font=_font(emoji.font, size), embedded_color=True)
+    beside = beside.crop((0, 0, size // 2 + int(1.29 * size), 3 * size))
+    expected, drawn = np.array(beside.crop(beside.getbbox())), np.array(found.crop(box))
+    assert drawn.shape == expected.shape and (drawn == expected).all()
+
+
 def test_what_the_font_cannot_draw_is_bad(emoji):
     with pytest.raises(BadImage, match="draws nothing"):
         emoji._draw(" ", SIDE, 1.0)
@@ -151,6 +167,16 @@ def test_training_varies_with_the_random_numbers_alone(emoji):
     corners = [tuple(p[0, 0]) for p in pictures]
     assert 4 < corners.count((255, 255, 255)) < 22
     assert {p.shape for p in pictures} == {(SIDE, SIDE, 3)} and pictures[0].dtype == np.uint8
+
+
+def test_training_scales_shifts_and_turns(emoji, number):
+    pictures = [emoji.pixels(number["1F1EF-1F1F5"], Frame(SIDE), random.Random(seed)) for seed in range(40)]
+    dark = [(p < 60).all(-1) for p in pictures if (p[0, 0] == 255).all()]  # the flag's outline on white
+    lines = [d.sum(1).max() for d in dark]
+    assert min(lines) < 20 and max(lines) > 30  # as it is turned, its edge leaves the row
+    centres = np.array([np.argwhere(d).mean(0) for d in dark])
+    assert (np.ptp(centres, axis=0) > 6).all() and (np.abs(centres - SIDE / 2) < 0.2 * SIDE).all()
+    assert max(d.sum() for d in dark) > 1.3 * min(d.sum() for d in dark)
 
 
 def test_training_shows_most_of_every_emoji(emoji):

@@ -104,6 +104,15 @@ def cut_to(length: Callable[[int], int]) -> Callable[[Path], None]:
     return lambda path: os.truncate(path, length(path.stat().st_size))
 
 
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 1
@@ -115,10 +124,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "cut to 4 bytes": cut_to(lambda n: 4),
     "cut in half": cut_to(lambda n: n // 2),
     "short of its last byte": cut_to(lambda n: n - 1),
-    "with a byte too many": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "with a byte too many": grow,
     "with one bit flipped": flip,
     "deleted": Path.unlink,
-    "a folder": lambda path: (path.unlink(), path.mkdir())[0],
+    "a folder": make_folder,
 }
 
 
@@ -464,9 +473,7 @@ def test_an_optimizer_of_another_model_is_refused():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="'blocks.0.weight', which this model has not"):
-        checkpoint.restore_optimizers(
-            [optimizer], {model.weight: "weight"}, {"blocks.0.weight:step": torch.tensor(1.0)}
-        )
+        checkpoint.restore_optimizers([optimizer], {model.weight: "weight"}, {"blocks.0.weight:step": torch.ones(())})
 
 
 def test_a_file_is_replaced_in_one_step_even_after_a_crash_left_its_draft(tmp_path):

@@ -42,10 +42,13 @@ def test_lines_beyond_the_step_that_a_run_goes_on_from_are_removed(tmp_path):
     assert steps(tmp_path) == [("train", 10), ("train", 20)]
 
 
-def test_the_evaluation_of_that_step_is_removed_because_it_follows_the_checkpoint_and_comes_again(tmp_path):
-    write(tmp_path, ("train", 10), ("eval", 10), ("train", 20), ("eval", 20))
-    open_log(tmp_path, from_step=20)
-    assert steps(tmp_path) == [("train", 10), ("eval", 10), ("train", 20)]
+def test_an_evaluation_made_again_where_the_run_goes_on_is_written_once(tmp_path):
+    write(tmp_path, ("train", 10), ("eval", 10), ("train", 20), ("eval", 20), ("eval", 30))
+    log = open_log(tmp_path, from_step=20)
+    for step in (20, 30):
+        log.metrics("eval", step, {"psnr": 9.0})
+    assert steps(tmp_path) == [("train", 10), ("eval", 10), ("train", 20), ("eval", 20), ("eval", 30)]
+    assert read_metrics(tmp_path / METRICS)[-1]["psnr"] == 9.0
 
 
 @pytest.mark.parametrize("kept", [1, 12, 34])

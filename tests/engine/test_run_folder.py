@@ -177,8 +177,9 @@ def test_a_saved_model_without_its_weights_is_a_checkpoint_error(tmp_path, tiny_
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("config", [{}, {"image_size": 32, "colour": 1}, {"image_size": 64, "patch_size": 8}])
-def test_a_checkpoint_of_something_else_is_a_checkpoint_error(tmp_path, tiny_model, config):
-    path = checkpoint.save(tmp_path, 1, {"model": tiny_model.state_dict()}, {"step": 1, "model": config}, keep=2)
+@pytest.mark.parametrize("change", [{"colour": 1}, {"latent_channels": 8}, {"scales": [1, 2]}, {"patch_size": 5}])
+def test_a_checkpoint_of_something_else_is_a_checkpoint_error(tmp_path, tiny_model, tiny_fields, change):
+    state = {"step": 1, "model": {**tiny_fields, **change}}
+    path = checkpoint.save(tmp_path, 1, {"model": tiny_model.state_dict()}, state, keep=2)
     with pytest.raises(CheckpointError, match="does not hold a tokenizer"):
         load_tokenizer(path)

@@ -49,7 +49,7 @@ def is_under_way(folder: Path) -> Callable[[], bool]:
 def test_a_process_asked_to_stop_keeps_the_step_it_is_at(
     make_values, make_run, in_a_process, assert_same_runs, tmp_path, number, status
 ):
-    settings = ("train.steps=60", "train.log_every=1", "train.checkpoint_every=1000", "data.num_workers=1")
+    settings = ("train.steps=40", "train.log_every=1", "train.checkpoint_every=1000", "data.num_workers=1")
     folder = tmp_path / "run"
     process = in_a_process(TRAIN, values=make_values(*settings), resume=False, log=str(tmp_path / "log"))
     wait_for(is_under_way(folder), process)
@@ -57,7 +57,7 @@ def test_a_process_asked_to_stop_keeps_the_step_it_is_at(
     process.join(60)
     assert process.exitcode == status
     (step,) = checkpoint.all_steps(folder / "checkpoints")
-    assert 3 <= step < 60
+    assert 3 <= step < 40
     assert read_metrics(folder / METRICS)[-1]["step"] == step
     assert f"stopped by a signal after step {step}; go on with --resume" in (tmp_path / "log").read_text()
     train_tokenizer(make_run(*settings), resume=True)
@@ -79,14 +79,15 @@ def test_a_second_signal_ends_it_at_once(make_values, in_a_process, tmp_path):
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
     make_values, make_run, in_a_process, assert_same_runs, tmp_path
 ):
-    settings = ("train.steps=60", "train.log_every=3", "train.checkpoint_every=2", "data.num_workers=1")
-    folder, chance, killed = tmp_path / "run", random.Random(0), []
-    for attempt in range(60):
+    settings = ("train.steps=40", "train.log_every=3", "train.checkpoint_every=2", "data.num_workers=1")
+    folder, chance = tmp_path / "run", random.Random(0)
+    killed: list[int] = []
+    for attempt in range(10):
         process = in_a_process(TRAIN, values=make_values(*settings), resume=attempt > 0, log=str(tmp_path / "log"))
         if len(killed) < 5:
             # Some step beyond the one it goes on from, and some moment of it: a checkpoint is never far away.
             steps = checkpoint.all_steps(folder / "checkpoints")
-            goal = (steps[-1] if steps else 0) + chance.randint(2, 8)
+            goal = (steps[-1] if steps else 0) + chance.randint(2, 5)
             reached = lambda goal=goal: (checkpoint.all_steps(folder / "checkpoints") or [0])[-1] >= goal  # noqa: E731
             wait_for(reached, process)
             time.sleep(chance.uniform(0, 0.05))
@@ -96,6 +97,6 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(
             break
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
         killed.append(checkpoint.all_steps(folder / "checkpoints")[-1])
-    assert len(killed) == 5 and killed == sorted(killed) and killed[-1] < 60
+    assert len(killed) == 5 and killed == sorted(killed) and killed[-1] < 40
     assert_same_runs(train_tokenizer(make_run(*settings, output="clean")), folder)
     assert not list((folder / "checkpoints").glob(".*"))

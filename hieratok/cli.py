@@ -6,6 +6,8 @@ Libraries are imported inside the commands, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +22,7 @@ MODEL_HELP = "the folder of a run, of one of its checkpoints, or of a saved mode
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 2 for an error that the message explains, 128 + signal when stopped."""
-    # Threads that spin while they wait for work take the cores from the data workers.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    tune_process()
     parsed = make_parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -35,6 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def tune_process() -> None:
+    """Settings of the process that make training on a CPU faster; they must precede the import of torch."""
+    # Threads that spin while they wait for work take the cores from the data workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # glibc gives large blocks back to the system at once, and every step pays for fresh pages: a tenth of its time.
+    if sys.platform == "linux":
+        mmap_threshold, trim_threshold, keep = -3, -1, 2**31 - 1
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_threshold, keep)
+            mallopt(trim_threshold, keep)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -48,11 +48,10 @@ class ConvBranch(nn.Module):
         token_map = F.gelu(self.norm2(self._pooled(token_map)))
         return self.norm3(self.mix(token_map))
 
-
     def _pooled(self, token_map: Tensor) -> Tensor:
         """The depthwise convolution, whose windows do not overlap: on a CPU one product and one sum.
 
-        The general kernel takes up to forty times as long there, most of it backwards (`benchmarks/depthwise.py`).
+        The general kernel takes up to forty times as long there, most of it backwards.
         """
         if token_map.device.type != "cpu":
             return self.pool(token_map)

@@ -42,6 +42,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Small
     "small-64": {**SMALL, "image_size": 64, "patch_size": 8, "latent_channels": 16, "scales": [1, 2, 4, 8]},
     "small-64-single": {**SMALL, "image_size": 64, "patch_size": 8, "latent_channels": 16, "scales": [8]},
+    "tiny-64": {
+        **SMALL, "image_size": 64, "patch_size": 8, "latent_channels": 16, "scales": [1, 2, 4, 8],
+        "encoder_num_layers": 2, "encoder_hidden_size": 192, "encoder_num_heads": 3,
+        "decoder_num_layers": 4, "decoder_hidden_size": 192, "decoder_num_heads": 3,
+    },
     "small-32": {**SMALL, "image_size": 32, "patch_size": 4, "latent_channels": 8, "scales": [1, 2, 4, 8]},
     "small-32-single": {**SMALL, "image_size": 32, "patch_size": 4, "latent_channels": 8, "scales": [8]},
 }  # fmt: skip

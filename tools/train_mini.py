@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hieratok.data.frame import Frame
+from hieratok.data.opening import open_source
 from hieratok.losses.mini import MiniNet, sha256_of
 
 SIDE, PAD = 64, 6
@@ -43,23 +45,9 @@ Inception, and every figure that it makes carries its name.
 
 def read_images(spec: str) -> tuple[np.ndarray, np.ndarray]:
     """All images `(N, 64, 64, 3)` uint8 and labels `(N,)` of a source."""
-    import io
-    from concurrent.futures import ThreadPoolExecutor
-
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    tables = [
-        pq.read_table(path, columns=["image", "label"])
-        for path in sorted(Path().glob(spec) if not spec.startswith("/") else Path("/").glob(spec[1:]))
-    ]
-    images, labels = [], []
-    for table in tables:
-        column = table["image"].to_pylist()
-        with ThreadPoolExecutor(2) as pool:
-            images += list(pool.map(lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), column))
-        labels += table["label"].to_pylist()
-    return np.stack(images), np.array(labels)
+    source, frame = open_source(spec), Frame(SIDE)
+    images = np.stack([source.pixels(i, frame, None) for i in range(len(source))])
+    return images, np.array([source.label(i) for i in range(len(source))])
 
 
 def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:

@@ -48,7 +48,7 @@ def make_accelerator(config: TrainConfig, seed: int) -> Accelerator:
 class Engine:
     """Counts steps, keeps the average, logs, checkpoints, and stops the run before harm is done.
 
-    Used as a context (signals are noted inside it). A training does, per step: `autocast` and `backward` for each
+    Used as a context, in which it logs; `signals`, another, notes the wish to stop. A training does, per step: `autocast` and `backward` for each
     micro-batch, `clip_gradients`, `optimizer_step`, `end_step`.
 
     Attributes:
@@ -134,11 +134,9 @@ class Engine:
         self.progress_bar = Progress(total, unit, done, shown=self.main)
         self._begun = time.monotonic()
         self._logged_at = (self.step, self.elapsed)
-        self.signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.signals.__exit__()
         assert self.log is not None and self.progress_bar is not None
         self.progress_bar.close()
         self.log.close()
@@ -233,6 +231,8 @@ class Engine:
             self._write_metrics()
         if self.step % self.config.checkpoint_every == 0 or self.finished or signal_number:
             self.save()
+        if self.finished and self.progress_bar is not None:
+            self.progress_bar.close()
         if signal_number:
             say(f"stopped by a signal after step {self.step}; go on with --resume", main=self.main)
             raise Stopped(128 + int(signal_number))

@@ -145,16 +145,18 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         if evaluator is not None and engine.due(run.eval.every) and not engine.finished:
             judge(engine, evaluator, val_images, run)
 
-    with engine, contextlib.closing(endless(loader)) as batches:
-        if engine.step:  # the checkpoint is written first, so a run may have stopped before it looked
-            look()
-        while not engine.finished:
-            train_step(engine, criterion, batches)
-            engine.end_step()
-            look()
-    finish(engine, run, train_images, frame)
-    if evaluator is not None:
-        judge(engine, evaluator, val_images, run, final=True)
+    with engine:
+        with engine.signals, contextlib.closing(endless(loader)) as batches:
+            while not engine.finished:
+                train_step(engine, criterion, batches)
+                engine.end_step()
+                if engine.due(run.train.picture_every):
+                    draw(engine, pictured)
+                if evaluator is not None and engine.due(run.eval.every) and not engine.finished:
+                    judge(engine, evaluator, val_images, run)
+        finish(engine, run, train_images, frame)
+        if evaluator is not None:
+            judge(engine, evaluator, val_images, run, final=True)
     return folder
 
 

@@ -48,8 +48,8 @@ def make_accelerator(config: TrainConfig, seed: int) -> Accelerator:
 class Engine:
     """Counts steps, keeps the average, logs, checkpoints, and stops the run before harm is done.
 
-    Used as a context, in which it logs; `signals`, another, notes the wish to stop. A training does, per step: `autocast` and `backward` for each
-    micro-batch, `clip_gradients`, `optimizer_step`, `end_step`.
+    Used as a context, in which it logs; `signals`, another, notes the wish to stop. A training does, per step:
+    `autocast` and `backward` for each micro-batch, `clip_gradients`, `optimizer_step`, `end_step`.
 
     Attributes:
         model: the bare network; `forward` is the one to call, which synchronises processes.
@@ -227,7 +227,9 @@ class Engine:
         """
         elapsed = self._elapsed_before + time.monotonic() - self._begun
         signal_number, self.elapsed = self._agree(float(self.signals.received), elapsed)
-        if self.step % self.config.log_every == 0 or self.finished:
+        # The mean of a few last steps would end every curve in a jump.
+        enough = 2 * self._steps_summed >= self.config.log_every or self._steps_summed == self.step
+        if self.step % self.config.log_every == 0 or (self.finished and enough):
             self._write_metrics()
         if self.step % self.config.checkpoint_every == 0 or self.finished or signal_number:
             self.save()

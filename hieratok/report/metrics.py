@@ -54,19 +54,19 @@ def quantity(key: str) -> str:
 
 
 def tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
-    """The headline figures that `eval.json` holds, with the floor of the Frechet distance beside it."""
+    """The headline figures that `eval.json` holds, with the yardstick of the Frechet distance beside it."""
     metrics, found = evaluation.get("metrics", {}), []
     for headline in HEADLINES:
         for key, value in metrics.items():
             if quantity(key) == headline:
                 found.append(
                     Tile(label(key), figure(value), UNITS.get(headline, ""), DIRECTIONS[headline],
-                         _floor(evaluation, key) if headline == "rfid" else "")
+                         _yardstick(evaluation, key) if headline == "rfid" else "")
                 )  # fmt: skip
     return found
 
 
-def _floor(evaluation: Mapping[str, Any], rfid: str) -> str:
+def _yardstick(evaluation: Mapping[str, Any], rfid: str) -> str:
     halves = rfid.replace("rfid", "real_halves")
     counts = evaluation.get("counts", {})
     n = counts.get(rfid, [evaluation.get("protocol", {}).get("num_images")])[0]
@@ -118,7 +118,7 @@ def protocol_sentences(protocol: Mapping[str, Any]) -> list[str]:
         "Latents are the posterior’s {posterior}; the model ran in {precision}; reconstructions are rounded to "
         "{rounding} before every metric.",
         "Coarser scales are compared with the original averaged down to their size.",
-        "Real halves is the Fréchet distance between two halves of the originals, a floor under rFID at this size.",
+        "Real halves is the Fréchet distance between two halves of the originals, a yardstick for rFID at this size.",
         "Fréchet distances use the features of “{features}”, with {reference} as the reference; LPIPS uses “{lpips}”.",
     ]
     sentences = []

@@ -199,8 +199,8 @@ def facts(record: RunRecord, section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device(name: str, processes: int) -> str:
-    """What `describe_device` says, for the middle of a sentence: "one CPU, 2 threads", "8 × NVIDIA H100"."""
-    name = name.replace("cpu", "CPU", 1) if name.startswith("cpu") else {"mps": "Apple GPU"}.get(name, name)
+    """What `describe_device` says, for the middle of a sentence: "one CPU with 2 threads", "8 × NVIDIA H100"."""
+    name = {"mps": "Apple GPU"}.get(name, name)
     return f"one {name}" if processes == 1 else f"{processes} × {name}"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ..config import build, load_recipe
 from ..data.opening import DataConfig
-from ..data.source import spread
+from ..data.source import ImageSource, Subset, spread
 from ..engine.run_folder import CONFIG, load_tokenizer
 from ..errors import ConfigError
 from ..training.tokenizer import pick_images
@@ -28,6 +30,17 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         raise ConfigError(f"{folder} holds no run: there is no {CONFIG} in it")
     data = build(DataConfig, load_recipe((folder / CONFIG).resolve()).get("data", {}), "data")
     model = load_tokenizer(folder)
-    # Neighbours look alike in a sorted set, hence a spread; its ends are left out, where the odd ones lie.
-    images = pick_images(spread(data.open("val"), SHOWN + 2), data.frame(int(model.config.image_size)), SHOWN + 2)
-    return write_report(folder, model=model, images=images[1:-1], output=output)
+    images = pick_images(one_per_class(data.open("val"), SHOWN), data.frame(int(model.config.image_size)), SHOWN)
+    return write_report(folder, model=model, images=images, output=output)
+
+
+def one_per_class(source: ImageSource, count: int) -> ImageSource:
+    """`count` images of as many classes as there are: the middle one of each, then others spread over the set."""
+    members: dict[int, list[int]] = {}
+    for index in range(len(source)):
+        members.setdefault(source.label(index), []).append(index)
+    middles = [indices[len(indices) // 2] for _, indices in sorted(members.items())]
+    if len(middles) < count:
+        others = np.linspace(0, len(source) - 1, count + 2).round().astype(int)[1:-1].tolist()
+        middles = list(dict.fromkeys([*middles, *others]))[:count]
+    return spread(Subset(source, middles, "one per class"), count)

@@ -325,4 +325,7 @@ def describe_device(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
+    return device.type

@@ -58,7 +58,7 @@ def run_folder(tmp_path: Path, tiny_fields: dict) -> Path:
         "licence": "by OpenMoji, CC BY-SA 4.0",
     }
     run = {"config": config, "command": "hieratok quickstart", "started": "2025-11-24T22:48:11+00:00", "seed": 0,
-           "versions": {"hieratok": "0.1.0"}, "world_size": 1, "device": "cpu, 2 threads", "data": data}  # fmt: skip
+           "versions": {"hieratok": "0.1.0"}, "world_size": 1, "device": "CPU with 2 threads", "data": data}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -100,7 +100,7 @@ def test_a_full_run_fills_every_section(run_folder, tiny_model, images):
     assert re.findall(r'<section id="(\w+)"', markup) == names
     text = text_of(markup)
     for said in (
-        "trained on 960 images in 60 seconds on one CPU, 2 threads.",
+        "trained on 960 images in 60 seconds on one CPU with 2 threads.",
         "CC BY-SA 4.0",
         "24 November 2025, 22:48 UTC",
         "401.18M",

@@ -240,12 +240,11 @@ def add_evaluate(commands: Any) -> None:
 
 def run_evaluate_reconstruction(args: argparse.Namespace) -> None:
     from .data.opening import open_source
-    from .data.source import spread
     from .engine.run_folder import load_tokenizer
     from .evaluation.reconstruction import evaluate_reconstruction
 
     result = evaluate_reconstruction(
-        load_tokenizer(args.model), spread(open_source(args.data, args.split), args.num_images),
+        load_tokenizer(args.model), open_source(args.data, args.split), num_images=args.num_images,
         batch_size=args.batch_size, features=args.features, feature_weights=args.feature_weights, lpips=args.lpips,
         lpips_weights=args.lpips_weights, posterior=args.posterior, num_workers=args.num_workers,
         precision=args.precision, seed=args.seed,

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from hieratok.data.frame import Frame
 from hieratok.data.opening import open_source
-from hieratok.losses.mini import MiniNet, sha256_of
+from hieratok.files import sha256_of
+from hieratok.losses.mini import MiniNet
 
 SIDE, PAD = 64, 6
 

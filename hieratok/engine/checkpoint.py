@@ -22,6 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import sync_folder, write_durably
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -129,32 +130,6 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if steps:
         raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(warnings))
     return None, warnings
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """A new file, on the disk when this returns."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader sees the old one or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.unlink(missing_ok=True)
-    write_durably(unfinished, data)
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries; a rename is durable only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from ..errors import NonFiniteError
-from .checkpoint import write_atomically
+from ..files import write_atomically
 
 NON_FINITE = "nonfinite.json"
 

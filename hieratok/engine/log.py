@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoint import write_atomically
+from ..files import write_atomically
 
 METRICS = "metrics.jsonl"
 

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from ..errors import CheckpointError, ConfigError, HieratokError
+from ..files import write_atomically
 from ..models.tokenizer import HieraTok
 from . import checkpoint
-from .checkpoint import write_atomically
 
 RUN, CONFIG, MODEL, CHECKPOINTS = "run.json", "config.yaml", "model", "checkpoints"
 

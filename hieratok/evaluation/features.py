@@ -18,7 +18,8 @@ from torch import Tensor
 from ..config import suggest
 from ..data.decode import to_float
 from ..errors import CheckpointError, ConfigError, DataError, MissingDependencyError
-from ..losses.mini import load_mini, sha256_of
+from ..files import sha256_of
+from ..losses.mini import load_mini
 
 UNVERSIONED = "unversioned"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ..data.source import ImageSource, spread
+from ..data.source import ImageSource
 from ..models.tokenizer import HieraTok
 from .reconstruction import ReconstructionResult, evaluate_reconstruction
 
@@ -19,7 +19,8 @@ def judge(model: HieraTok, images: ImageSource, run: TokenizerRun, accelerator: 
     """Reconstruction metrics of `model` on `run.eval.num_images` held-out images, spread over the set."""
     result = evaluate_reconstruction(
         model,
-        spread(images, run.eval.num_images),
+        images,
+        num_images=run.eval.num_images,
         batch_size=run.eval.batch_size,
         features=run.eval.features,
         feature_weights=run.eval.feature_weights,

@@ -22,7 +22,7 @@ from ..config import suggest
 from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
 from ..data.loader import Batch, eval_loader
-from ..data.source import ImageSource
+from ..data.source import ImageSource, spread
 from ..errors import ConfigError, NonFiniteError, ProtocolError
 from ..losses.perceptual import LPIPS, LpipsNetwork
 from ..losses.reconstruction import resize_images
@@ -134,7 +134,7 @@ def evaluate_reconstruction(
     frame: Frame | None = None,
     max_bad_fraction: float = 0.01,
 ) -> ReconstructionResult:
-    """Reconstruct the first `num_images` of a source and compare with the originals.
+    """Reconstruct `num_images` images, spread over a source, and compare with the originals.
 
     Every reconstruction is rounded to uint8 before any metric, as if it had been saved. Coarser scales are compared
     with the original averaged down to their size, rounded likewise. Figures do not depend on `batch_size`,
@@ -181,11 +181,12 @@ def evaluate_reconstruction(
         image_size=side,
     )
     wanted = len(source) if num_images is None else num_images
-    total = min(wanted, len(source))
+    source = spread(source, num_images)  # sets are often sorted by class
+    total = len(source)
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     batches = eval_loader(
         source, side, batch_size, frame=frame, num_workers=num_workers, rank=rank, world_size=world_size,
-        limit=total, seed=seed, max_bad_fraction=max_bad_fraction,
+        seed=seed, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
 
     was_training = model.training

@@ -7,7 +7,6 @@ accuracy. Its figures are not comparable with those of VGG16 or Inception, hence
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError
+from ..files import sha256_of
 
 MINI_WEIGHTS = Path(__file__).parent / "weights" / "mini.safetensors"
 
@@ -77,12 +77,6 @@ class MiniNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.pooled(images))
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file as hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_mini(weights: str | Path | None = None) -> MiniNet:

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, MissingDependencyError
-from .mini import MiniNet, load_mini, sha256_of
+from ..files import sha256_of
+from .mini import MiniNet, load_mini
 
 LpipsNetwork = Literal["mini", "vgg16"]
 

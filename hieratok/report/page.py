@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..engine import run_folder as layout
-from ..engine.checkpoint import write_atomically
 from ..engine.pictures import CAPTION, GAP, LARGEST_ERROR
 from ..errors import CheckpointError, MissingDependencyError
+from ..files import write_atomically
 from ..models.cost import cost, cost_rows
 from ..models.presets import model_fields
 from ..models.tokenizer import HieraTok

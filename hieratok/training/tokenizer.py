@@ -24,13 +24,13 @@ from ..data.frame import Frame
 from ..data.loader import Batch, eval_loader, train_loader
 from ..data.opening import DataConfig
 from ..data.source import ImageSource, spread
-from ..engine.checkpoint import write_atomically
 from ..engine.log import say
 from ..engine.loop import Engine, make_accelerator
 from ..engine.pictures import reconstruction_grid, save_picture
 from ..engine.run_folder import MODEL, start
 from ..engine.settings import TrainConfig
 from ..errors import DataError
+from ..files import write_atomically
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
 from ..models.presets import build_model, model_fields

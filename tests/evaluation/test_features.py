@@ -9,7 +9,8 @@ import torch
 
 from hieratok.errors import CheckpointError, ConfigError
 from hieratok.evaluation.features import figure_key, load_features
-from hieratok.losses.mini import MINI_WEIGHTS, load_mini, sha256_of
+from hieratok.files import sha256_of
+from hieratok.losses.mini import MINI_WEIGHTS, load_mini
 
 IMAGES = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +83,27 @@ def assert_same_runs(content) -> Callable[[Any, Any], None]:
     return compare
 
 
-@pytest.fixture(scope="session")
-def in_a_process(tmp_path_factory) -> Callable[..., multiprocessing.Process]:
+@pytest.fixture
+def in_a_process(tmp_path) -> Iterator[Callable[..., Any]]:
     """Start a script in a process of its own, with names given to it and its stderr in `log`.
 
-    The processes are forked from a server that has imported the library once, so each starts in no time.
+    The processes are forked from a server that has imported the library once, so each starts in no time. Those that
+    still run at the end of the test are killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hieratok.training.tokenizer", "hieratok.cli"])
-    folder = tmp_path_factory.mktemp("scripts")
+    context.set_forkserver_preload(["hieratok.training.tokenizer"])
+    processes = []
 
     def begin(script: str, **names: Any) -> Any:
-        path = folder / f"{abs(hash(script))}.py"
+        path = tmp_path / "script.py"
         path.write_text("import sys, torch\ntorch.set_num_threads(1)\nsys.stderr = open(log, 'a')\n" + script)
         process = context.Process(target=runpy.run_path, args=(str(path),), kwargs={"init_globals": names})
+        processes.append(process)
         process.start()
         return process
 
-    return begin
+    yield begin
+    for process in processes:
+        process.kill()
+        process.join()

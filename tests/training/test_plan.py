@@ -28,8 +28,8 @@ def test_it_says_what_would_be_done_and_writes_nothing(make_values, tmp_path, im
     resolved = yaml.safe_load(text.split("\n\n")[0])
     assert resolved["train"]["steps"] == 1000 and resolved["train"]["batch_size"] == 8  # the override and the recipe
     assert resolved["train"]["weight_decay"] == 0.05  # a default
-    for words in ("18 training and 6 validation images", "s per step of 8 images", "about 1,000 steps", "CPU with 1 thread",
-                  "parameters", f"{tmp_path / 'run'} (nothing was written)"):  # fmt: skip
+    for words in ("18 training and 6 validation images", "s per step of 8 images", "about 1,000 steps",
+                  "CPU with 1 thread", "parameters", f"{tmp_path / 'run'} (nothing was written)"):  # fmt: skip
         assert words in text, words
 
 

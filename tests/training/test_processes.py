@@ -119,7 +119,8 @@ def two(results, make_values, make_run, image_folder, tmp_path) -> dict[str, Any
                           timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     outcomes = [json.loads((tmp_path / f"outcomes-{rank}.json").read_text()) for rank in (0, 1)]
     results |= {"folder": tmp_path, "outcomes": outcomes, "status": done.returncode, "stderr": done.stderr,
-                "seconds": time.monotonic() - begun, "finish": make_run(*STEPS, "train.log_every=4", output="two_then_one")}  # fmt: skip
+                "seconds": time.monotonic() - begun,
+                "finish": make_run(*overrides["two_then_one"], output="two_then_one")}  # fmt: skip
     return results
 
 

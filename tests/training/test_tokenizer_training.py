@@ -372,12 +372,12 @@ def test_images_that_were_added_since_are_noticed(make_run, image_folder):
 
 
 def make_loss_nan_at(monkeypatch, step: int) -> None:
-    """The criterion returns NaN in that step."""
+    """The criterion returns NaN in that step; its gradient stays finite."""
     own, calls = TokenizerLoss.forward, iter(range(1, 1000))
 
     def patched(self: TokenizerLoss, output: Any, images: torch.Tensor) -> Any:
         found = own(self, output, images)
-        return found._replace(total=found.total * math.nan) if next(calls) == step else found
+        return found._replace(total=found.total + math.nan) if next(calls) == step else found
 
     monkeypatch.setattr(TokenizerLoss, "forward", patched)
 

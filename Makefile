@@ -9,8 +9,8 @@ INSTALLED := $(VENV)/installed
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(INSTALLED)  ## train a small tokenizer for 4 minutes and write runs/quickstart/report.html
-	$(BIN)/hieratok quickstart --overwrite
+quickstart: $(INSTALLED)  ## train a tokenizer for 4 minutes and write runs/quickstart/report.html; ARGS='--minutes 10' etc.
+	$(BIN)/hieratok quickstart $(ARGS)
 
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

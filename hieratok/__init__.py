@@ -11,6 +11,8 @@ _PUBLIC = {
     "HieraTok": ".models.tokenizer",
     "create_model": ".models.presets",
     "train_tokenizer": ".training.tokenizer",
+    "TokenizerRun": ".training.tokenizer",
+    "judge": ".evaluation.judge",
     "reconstruct": ".report.reconstruct",
     "encode": ".data.latents",
     "evaluate_reconstruction": ".evaluation.reconstruction",
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from .data.latents import encode as encode
     from .data.opening import open_source as open_source
     from .engine.run_folder import load_tokenizer as load_tokenizer
+    from .evaluation.judge import judge as judge
     from .evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
     from .models.presets import create_model as create_model
     from .models.tokenizer import HieraTok as HieraTok
     from .report.reconstruct import reconstruct as reconstruct
+    from .training.tokenizer import TokenizerRun as TokenizerRun
     from .training.tokenizer import train_tokenizer as train_tokenizer
 
 __all__ = ["__version__", *_PUBLIC]

@@ -23,7 +23,7 @@ MODEL_HELP = "the folder of a run, of one of its checkpoints, or of a saved mode
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 2 for an error that the message explains, 128 + signal when stopped."""
     tune_process()
-    parsed = make_parser().parse_args(arguments)
+    parsed = parse(arguments)
     try:
         parsed.run(parsed)
     except HieratokError as error:
@@ -35,6 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may stand anywhere behind `train tokenizer`, also on both sides of an option."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(parsed, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
+
+
+def is_main_process() -> bool:
+    """Of those that torchrun started; a process alone is."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def tune_process() -> None:
@@ -88,11 +104,11 @@ def add_quickstart(commands: Any) -> None:
         description="Train the 64-px multi-scale tokenizer for a few minutes, on colour emoji or on your own images,\n"
         "judge it on held-out images, and write everything into one page, report.html.",
     )  # fmt: skip
-    parser.add_argument("--data", default="openmoji", metavar="DATA", help=f"{DATA_HELP} (default: openmoji)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="how long to train (default: 4)")
+    parser.add_argument("--data", metavar="DATA", help=f"{DATA_HELP} (default: openmoji)")
+    parser.add_argument("--minutes", type=float, help="how long to train (default: 4)")
     parser.add_argument("--output", default="runs/quickstart", metavar="FOLDER", help="default: runs/quickstart")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, as it was begun")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
 
 
@@ -128,16 +144,19 @@ def add_train(commands: Any) -> None:
 
 
 def run_train_tokenizer(args: argparse.Namespace) -> None:
-    from .evaluation.judge import judge
+    from .evaluation.judge import judge, prepare
     from .training.plan import plan
     from .training.tokenizer import TokenizerRun, train_tokenizer
 
     run = TokenizerRun.from_mapping(resolve(args.config, args.overrides, args.resume))
+    prepare(run)
     if args.dry_run:
-        print(plan(run).describe())
+        text = plan(run).describe()
+        if is_main_process():
+            print(text)
         return
     folder = train_tokenizer(run, resume=args.resume, evaluator=judge)
-    if (folder / "eval.json").exists() and int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         print(f"\nrun: {folder}\nreport: hieratok report {folder}\nreconstruct: hieratok reconstruct IMAGES... "
               f"--model {folder}")  # fmt: skip
 
@@ -174,12 +193,13 @@ def add_reconstruct(commands: Any) -> None:
     parser.add_argument(
         "--separate", metavar="FOLDER", help="also write every reconstruction as a file of its own here"
     )
+    add_device(parser)
 
 
 def run_reconstruct(args: argparse.Namespace) -> None:
     from .report.reconstruct import reconstruct
 
-    path, psnr = reconstruct(args.images, args.model, args.output, separate=args.separate)
+    path, psnr = reconstruct(args.images, args.model, args.output, separate=args.separate, device=device_of(args))
     for name, value in psnr.items():
         print(f"{value:6.2f} dB  {name}")
     print(f"drawn in {path}")
@@ -210,7 +230,7 @@ def run_encode(args: argparse.Namespace) -> None:
     manifest = encode(
         load_tokenizer(args.model), open_source(args.data), args.out, batch_size=args.batch_size,
         shard_size=args.shard_size, posterior=args.posterior, flip=args.flip, num_workers=args.num_workers,
-        precision=args.precision, seed=args.seed, limit=args.limit,
+        precision=args.precision, seed=args.seed, limit=args.limit, device=device_of(args),
     )  # fmt: skip
     print(f"{manifest['num_images']:,} images in {len(manifest['shards'])} shards: {args.out}")
 
@@ -222,8 +242,10 @@ def add_evaluate(commands: Any) -> None:
         kinds, "reconstruction", run_evaluate_reconstruction, "rFID, PSNR, SSIM and LPIPS of reconstructions",
         description="Reconstruct a set of images and compare: rFID, PSNR, SSIM, LPIPS and L1, at every scale. The\n"
         "protocol that the figures depend on is printed and stored with them.",
+        epilog="Several processes: torchrun --nproc_per_node N -m hieratok evaluate reconstruction ...",
     )  # fmt: skip
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("data", nargs="?", metavar="DATA", help=f"{DATA_HELP}; without it, the images that the run of "
+                        "--model held out")  # fmt: skip
     parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_HELP)
     parser.add_argument("--split", choices=("all", "train", "val"), default="all",
                         help="the part of DATA, as training divides it by itself (default: all)")  # fmt: skip
@@ -240,15 +262,30 @@ def add_evaluate(commands: Any) -> None:
 
 def run_evaluate_reconstruction(args: argparse.Namespace) -> None:
     from .data.opening import open_source
-    from .engine.run_folder import load_tokenizer
+    from .engine.run_folder import load_tokenizer, run_data
     from .evaluation.reconstruction import evaluate_reconstruction
 
+    model = load_tokenizer(args.model)
+    frame = None
+    if args.data is not None:
+        source = open_source(args.data, args.split)
+    else:
+        data = run_data(args.model)
+        source, frame = data.open("val"), data.frame(int(model.config.image_size))
+    accelerator = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     result = evaluate_reconstruction(
-        load_tokenizer(args.model), open_source(args.data, args.split), num_images=args.num_images,
-        batch_size=args.batch_size, features=args.features, feature_weights=args.feature_weights, lpips=args.lpips,
-        lpips_weights=args.lpips_weights, posterior=args.posterior, num_workers=args.num_workers,
-        precision=args.precision, seed=args.seed,
+        model, source, num_images=args.num_images, batch_size=args.batch_size, features=args.features,
+        feature_weights=args.feature_weights, lpips=args.lpips, lpips_weights=args.lpips_weights,
+        posterior=args.posterior, num_workers=args.num_workers, precision=args.precision, seed=args.seed, frame=frame,
+        accelerator=accelerator, device=None if accelerator else device_of(args),
     )  # fmt: skip
+    if not is_main_process():
+        return
     print(result.table())
     if args.output:
         result.save(args.output)
@@ -256,10 +293,33 @@ def run_evaluate_reconstruction(args: argparse.Namespace) -> None:
 
 
 def add_batches(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--num-workers", type=int, default=1, metavar="N", help="processes that decode (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument("--seed", type=int, default=0, help="of posterior samples (default: 0)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the GPU, where there is one)")
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device that was asked for, or the best there is.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    import torch
+
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = args.device or str(best or "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used: {reason}") from error
+    return name
 
 
 # report, cost, presets

@@ -127,7 +127,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
             raise ConfigError(f"unknown key '{name}'{suggest(str(key), fields)}")
-        kwargs[str(key)] = _convert(value, types_of[key], name)
+        kwargs[str(key)] = convert(value, types_of[key], name)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in kwargs:
@@ -135,7 +135,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cls(**kwargs)
 
 
-def _convert(value: Any, kind: Any, name: str) -> Any:
+def convert(value: Any, kind: Any, name: str) -> Any:
     """`value` as the annotated type, or a ConfigError that names the field."""
     if dataclasses.is_dataclass(kind):
         return build(kind, value, name)  # type: ignore[arg-type]
@@ -147,11 +147,11 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         if value not in choices:
             raise ConfigError(f"'{name}' is {value!r}{suggest(str(value), map(str, choices))}")
         return value
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"'{name}' must be a list, got {value!r}")
         item = typing.get_args(kind)[0] if typing.get_args(kind) else Any
-        return origin(_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value))
+        return (tuple if origin is tuple else list)(convert(v, item, f"{name}[{i}]") for i, v in enumerate(value))
     if kind is Any:
         return value
     if origin is dict or kind is dict:
@@ -167,7 +167,7 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
     errors = []
     for kind in (k for k in kinds if k is not type(None)):
         try:
-            return _convert(value, kind, name)
+            return convert(value, kind, name)
         except ConfigError as error:
             errors.append(str(error))
     raise ConfigError(errors[0] + (" (or null)" if type(None) in kinds else ""))

@@ -21,12 +21,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     unfinished.unlink(missing_ok=True)
     write_durably(unfinished, data)
     os.replace(unfinished, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries; a rename is durable only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries: a rename is durable only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from hieratok.cli import main, make_parser
+from hieratok.cli import main, make_parser, parse
 from hieratok.models.presets import PRESETS
 
 TINY = [
@@ -86,6 +86,10 @@ def test_a_trained_run_holds_what_the_next_commands_need(trained, image_folder, 
     assert "rFID (mini)" in printed and "LPIPS (mini)" in printed
     assert json.loads(result.read_text())["protocol"]["num_images"] == 24
 
+    assert main(["evaluate", "reconstruction", "--model", str(trained)]) == 0  # the run knows what it held out
+    held_out = json.loads((trained / "run.json").read_text())["data"]["num_val"]
+    assert f"{held_out} images" in capsys.readouterr().out
+
     assert main(["report", str(trained)]) == 0
     assert (trained / "report.html").stat().st_size > 20_000
 
@@ -100,6 +104,11 @@ def test_a_trained_run_holds_what_the_next_commands_need(trained, image_folder, 
         ("train.batch_size=many", "train.batch_size"),
         ("data.crop=centre", "center"),
         ("model.patch_size=7", "patch_size"),
+        ("model.layer_norm_eps=tiny", "model.layer_norm_eps"),
+        ("model.scales=4", "model.scales"),
+        ("eval.features=inceptoin", "inception"),
+        ("eval.batch_size=0", "eval.batch_size"),
+        ("seed=-1", "seed"),
         ("data.source=/nowhere/at/all", "/nowhere/at/all"),
     ],
 )
@@ -110,6 +119,25 @@ def test_a_mistake_is_named_with_its_remedy_and_writes_nothing(override, named, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and named in error and "Traceback" not in error
     assert not output.exists()
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    from hieratok.models.presets import model_fields
+
+    assert model_fields({"preset": "small-32", "layer_norm_eps": "1e-5"})["layer_norm_eps"] == 1e-5
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option():
+    parsed = parse(["train", "tokenizer", "--config", "x", "a=1", "--resume", "b=2"])
+    assert parsed.overrides == ["a=1", "b=2"]
+    with pytest.raises(SystemExit):
+        parse(["train", "tokenizer", "--config", "x", "--resmue", "b=2"])
+
+
+def test_a_device_that_is_not_there_is_named(trained, image_folder, capsys):
+    arguments = ["evaluate", "reconstruction", str(image_folder), "--model", str(trained), "--device", "nonsense"]
+    assert main(arguments) == 2
+    assert "--device nonsense" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys):
@@ -150,6 +178,8 @@ def test_the_quickstart_on_ones_own_images_ends_in_one_page(image_folder, tmp_pa
     assert "PSNR" in page and "data:image/png;base64," in page
     assert main(arguments) == 2  # a run is never overwritten unasked
     assert "--overwrite" in capsys.readouterr().err
+    assert main(["quickstart", "--output", str(output), "--resume"]) == 0  # with its own data and length
+    assert json.loads((output / "run.json").read_text())["config"]["train"]["max_minutes"] == 0.1
 
 
 def test_the_quickstart_never_removes_a_folder_that_is_no_run(tmp_path, capsys):

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import sync_folder, write_durably
+from ..files import sync, write_durably
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -61,11 +61,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
         files[MANIFEST] = json.dumps(manifest, indent=1).encode()
         for name, data in files.items():
             write_durably(unfinished / name, data)
-        sync_folder(unfinished)
+        sync(unfinished)
         if final.exists():  # of the same step, so nothing is lost
             shutil.rmtree(final)
         os.rename(unfinished, final)
-        sync_folder(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

@@ -25,6 +25,7 @@ from .run_folder import CHECKPOINTS
 from .schedule import warmup_cosine
 from .settings import TrainConfig
 
+MOST_OVERFLOWS = 30  # in a row: halving fp16's loss scale that often leaves nothing of it
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,8 +90,8 @@ class Engine:
         self._logged_at = (0, 0.0)
         self._keys: list[str] = []
         self._new_bad: list[Any] = []
-        self._micro_batches = 0
-        self._loss_is_finite = True
+        self._wrong_loss: float | None = None  # a loss that was not finite
+        self._overflows = 0
         self.log: RunLog | None = None
         self.progress_bar: Progress | None = None
 
@@ -172,8 +173,8 @@ class Engine:
         """Add a micro-batch's gradients, and remember what it was."""
         self._keys += batch.keys
         self._new_bad += [b for b in batch.bad if b.index not in self.bad.seen]
-        self._loss_is_finite &= bool(torch.isfinite(loss.detach()))
-        self._micro_batches += 1
+        if not torch.isfinite(loss.detach()):
+            self._wrong_loss = float(loss.detach())
         for name, value in {"loss": loss.detach(), **terms}.items():
             share = value.float() / self.config.accumulation
             self._sums[name] = self._sums[name] + share if name in self._sums else share
@@ -194,11 +195,13 @@ class Engine:
             DataError: too many images are bad.
         """
         norm = float(grad_norm)
-        # fp16's loss scale is found by overflowing now and then; the scaler skips such a step by itself.
-        norm_is_fatal = not math.isfinite(norm) and not self.scaler.is_enabled()
-        worst = self._agree(float(not self._loss_is_finite or norm_is_fatal), len(self._new_bad))
+        # fp16's loss scale is found by overflowing now and then; such a step changes no weight.
+        overflow = not math.isfinite(norm) and self.scaler.is_enabled()
+        self._overflows = self._overflows + 1 if overflow else 0
+        norm_is_fatal = not math.isfinite(norm) and (not overflow or self._overflows > MOST_OVERFLOWS)
+        worst = self._agree(float(self._wrong_loss is not None or norm_is_fatal), len(self._new_bad))
         if worst[0]:
-            facts = {"loss": float(self._sums["loss"]) if not self._loss_is_finite else "finite", "gradient norm": norm}
+            facts = {"loss": "finite" if self._wrong_loss is None else self._wrong_loss, "gradient norm": norm}
             refuse_non_finite(self.folder, self.step + 1, self.accelerator.process_index, self._keys, facts)
         if worst[1]:
             self._record_bad()
@@ -209,14 +212,16 @@ class Engine:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.step += 1
-        self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros((), device=self.device)) + norm
+        if not overflow:
+            self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros((), device=self.device)) + norm
         self._steps_summed += 1
-        self._keys, self._new_bad, self._micro_batches = [], [], 0
-        if self.ema is not None:
+        self._keys, self._new_bad = [], []
+        if self.ema is not None and not overflow:
             self.ema.update(self.model, self.step)
 
     def end_step(self) -> None:

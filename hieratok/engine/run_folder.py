@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from ..config import build, load_recipe
+from ..data.opening import DataConfig
 from ..errors import CheckpointError, ConfigError, HieratokError
 from ..files import write_atomically
 from ..models.tokenizer import HieraTok
@@ -29,7 +31,6 @@ FIXED = (
     "loss",
     "train.batch_size",
     "train.accumulation",
-    "train.precision",
     "train.optimizer",
 )
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.max_val_images")
@@ -42,6 +43,14 @@ def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, 
         ConfigError: the folder holds a run and `resume` is off, or the run differs in what must not change.
     """
     record = folder / RUN
+    program = Path(sys.argv[0]).name
+    values = {
+        "config": config,
+        "command": shlex.join(["hieratok" if program == "__main__.py" else program, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **facts,
+    }
     if record.exists():
         if not resume:
             raise ConfigError(
@@ -49,14 +58,8 @@ def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, 
             )
         known = json.loads(record.read_text())
         refuse_changes(known["config"], config, known["data"], facts["data"], folder)
+        values |= {"started": known["started"], "command": known["command"], "resumed": values["started"]}
     folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        "config": config,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        **facts,
-    }
     # run.json comes last: where it is, the recipe to resume from is too.
     write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
     write_atomically(record, json.dumps(values, indent=1).encode())
@@ -106,6 +109,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def run_data(folder: str | Path) -> DataConfig:
+    """The `data` section of a run.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not the folder of a run (there is no {CONFIG} in it); name the images yourself")
+    return build(DataConfig, load_recipe(path.resolve()).get("data", {}), "data")
 
 
 def load_tokenizer(path: str | Path) -> HieraTok:

@@ -7,10 +7,11 @@ Table 10, is written.
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import suggest
+from ..config import convert, suggest
 from ..errors import ConfigError
 from .tokenizer import HieraTok
 
@@ -56,7 +57,7 @@ def model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of `{"preset": NAME, **changes}`, checked against HieraTok's signature.
 
     Raises:
-        ConfigError: an unknown preset or field (the nearest is named).
+        ConfigError: an unknown preset or field (the nearest is named), or a value of the wrong type.
     """
     changes = dict(values)
     name = changes.pop("preset", None)
@@ -67,7 +68,9 @@ def model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in changes:
         if key not in known:
             raise ConfigError(f"unknown key 'model.{key}'{suggest(key, ['preset', *known])}")
-    return {**known, **(PRESETS[name] if name else {}), **changes}
+    types_of = typing.get_type_hints(HieraTok.__init__)
+    checked = {key: convert(value, types_of[key], f"model.{key}") for key, value in changes.items()}
+    return {**known, **(PRESETS[name] if name else {}), **checked}
 
 
 def create_model(name: str, **changes: Any) -> HieraTok:

@@ -161,7 +161,7 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
             output projection of the attention too.
         encoder_drop_path_rate, decoder_drop_path_rate: stochastic depth at the last layer, rising linearly.
         attention_pattern: `scale_causal`, `scale_independent` or `full` (Table 3).
-        attention_backend: `auto`, `prefix` or `mask`; the same result at another speed.
+        attention_backend: `auto`, `prefix`, `mask` or `matmul`; the same result at another speed.
         downsampler: `conv` or `interpolation` (Table 3).
         initial_log_variance: of the posterior before training. At 0 its noise drowns the latents until the encoder
             has learned to quieten it, which a short run feels.

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from ..models.scales import ScaleLayout
+from ..models.tokenizer import powers_of_two
 from .gallery import GalleryRow
 from .palette import css, scale_colours
 
@@ -24,7 +25,7 @@ def architecture(model: Mapping[str, Any], row: GalleryRow | None = None) -> str
     """
     size, p, channels = model["image_size"], model["patch_size"], model["latent_channels"]
     grid = size // p
-    sides = tuple(model["scales"] or (grid,))
+    sides = tuple(model["scales"] or powers_of_two(grid))
     colours = scale_colours(len(sides))
     boxes = _boxes(len(sides))
     parts = [

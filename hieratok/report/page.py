@@ -21,7 +21,7 @@ from ..errors import CheckpointError, MissingDependencyError
 from ..files import write_atomically
 from ..models.cost import cost, cost_rows
 from ..models.presets import model_fields
-from ..models.tokenizer import HieraTok
+from ..models.tokenizer import HieraTok, powers_of_two
 from . import palette
 from .diagram import architecture
 from .gallery import Gallery, build_gallery, png_uri
@@ -31,12 +31,12 @@ from .plots import loss_plots
 MAX_PICTURES = 5
 MAX_PICTURE_ROWS = 4
 
-# What a reader may want next. {run} is the run folder, {held_out} names its held-out images, {longer} moves the end.
+# What a reader may want next. {run} is the run folder, {longer} moves the end.
 COMMANDS = (
     ("Train on from the last checkpoint", "hieratok train tokenizer --resume output={run} {longer}"),
     ("Reconstruct your own pictures at every scale", "hieratok reconstruct photo.jpg --model {run}"),
     ("Turn a set of pictures into latents", "hieratok encode FOLDER --model {run} --out latents"),
-    ("Measure it again", "hieratok evaluate reconstruction {held_out} --model {run}"),
+    ("Measure it again", "hieratok evaluate reconstruction --model {run}"),
     ("Train on your own pictures", "hieratok quickstart --data FOLDER --output runs/mine"),
 )
 
@@ -147,7 +147,7 @@ def render(record: RunRecord, gallery: Gallery | None) -> str:
     model = model_fields(section)
     name = str(section.get("preset") or "HieraTok")
     grid = model["image_size"] // model["patch_size"]
-    sides = list(model["scales"] or [grid])
+    sides = list(model["scales"] or powers_of_two(grid))
     evaluation = record.evaluation
     plots = [(p.title, p.note, Markup(p.svg)) for p in loss_plots(record.train, sides)]
     environment = Environment(
@@ -222,10 +222,7 @@ def date(iso: str | None) -> str:
 
 def commands(record: RunRecord) -> list[tuple[str, str]]:
     """`COMMANDS` with this run's names."""
-    data = record.config.get("data") or {}
-    apart, source = data.get("val_source"), data.get("source", "openmoji")
-    held_out = shlex.quote(str(apart)) if apart else f"{shlex.quote(str(source))} --split val"
-    words = {"run": run_path(record.folder), "held_out": held_out, "longer": longer(record)}
+    words = {"run": run_path(record.folder), "longer": longer(record)}
     return [(purpose, command.format(**words)) for purpose, command in COMMANDS]
 
 

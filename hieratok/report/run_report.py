@@ -6,11 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import build, load_recipe
-from ..data.opening import DataConfig
 from ..data.source import ImageSource, Subset, spread
-from ..engine.run_folder import CONFIG, load_tokenizer
-from ..errors import ConfigError
+from ..engine.run_folder import load_tokenizer, run_data
 from ..training.tokenizer import pick_images
 from .page import write_report
 
@@ -26,9 +23,7 @@ def report(folder: str | Path, output: str | Path | None = None) -> Path:
         DataError: the run's images are no longer where they were.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} holds no run: there is no {CONFIG} in it")
-    data = build(DataConfig, load_recipe((folder / CONFIG).resolve()).get("data", {}), "data")
+    data = run_data(folder)
     model = load_tokenizer(folder)
     images = pick_images(one_per_class(data.open("val"), SHOWN), data.frame(int(model.config.image_size)), SHOWN)
     return write_report(folder, model=model, images=images, output=output)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from ..config import to_dict
 from ..data.bad import BadSamples
 from ..data.loader import Batch, train_loader
 from ..engine.loop import Engine, make_accelerator
+from ..errors import DataError
 from ..losses import TokenizerLoss
 from ..models.cost import cost_table
 from ..models.presets import build_model
@@ -54,7 +57,7 @@ class Plan:
             f"data      {self.num_train:,} training and {self.num_val:,} validation images",
             f"device    {self.device}",
             f"speed     {self.seconds_per_step:.3f} s per step of {batch} images, {batch / self.seconds_per_step:.0f} "
-            f"images/s{timed}",
+            f"images/s{timed} (decoding not counted)",
             f"length    about {steps:,} steps ({steps * batch / self.num_train:.2f} epochs), {duration(self.minutes)}",
             f"output    {self.run.output} (nothing was written)",
         ])  # fmt: skip
@@ -67,20 +70,26 @@ def plan(run: TokenizerRun) -> Plan:
         ConfigError, DataError: whatever the run would raise at its beginning.
     """
     accelerator = make_accelerator(run.train, run.seed)
+    unused = Path(tempfile.mkdtemp(prefix="hieratok-dry-run-"))  # should a step go wrong, its record goes there
     size = run.train.micro_batch_size(accelerator.num_processes)
     model = build_model(run.model).to(accelerator.device)
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
     train_images, val_images = run.data.open("train"), run.data.open("val")
     engine = Engine(
-        run.train, Path(run.output), accelerator, model, make_optimizers(model, run.train),
+        run.train, unused, accelerator, model, make_optimizers(model, run.train),
         total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),
         bad=BadSamples(len(train_images), 1.0),
     )  # fmt: skip
     if run.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if run.train.compile:
+        model.compile_repeated_blocks()
     frame = run.data.frame(model.config.image_size)
     batch = next(iter(train_loader(train_images, frame, seed=run.seed, batch_size=size)))
+    if not batch.keys:
+        raise DataError(f"the first {size} images of {train_images.name} are all bad, e.g. {batch.bad[0]}")
     seconds, timed = time_step(engine, criterion, batch)
+    shutil.rmtree(unused, ignore_errors=True)
     return Plan(
         run, describe_device(accelerator.device), len(train_images), len(val_images), engine.total_steps,
         seconds * size / timed, timed * run.train.accumulation * accelerator.num_processes,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from ..engine.loop import Engine, make_accelerator
 from ..engine.pictures import reconstruction_grid, save_picture
 from ..engine.run_folder import MODEL, start
 from ..engine.settings import TrainConfig
-from ..errors import DataError
-from ..files import write_atomically
+from ..errors import ConfigError, DataError
+from ..files import sync, write_atomically
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
 from ..models.presets import build_model, model_fields
@@ -46,11 +47,18 @@ class EvalConfig:
 
     every: int = 0
     num_images: int | None = 5000
-    features: str = "mini"  # mini or inception
+    features: Literal["mini", "inception"] = "mini"
     feature_weights: str | None = None  # local file; None: the shipped mini, or the published Inception
     lpips: LpipsNetwork | None = None  # mini or vgg16; None: the network of the loss
     lpips_weights: str | None = None
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"eval.every is {self.every}; it must be 0 (at the end only) or more")
+        for name, value in {"num_images": self.num_images, "batch_size": self.batch_size}.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"eval.{name} is {value}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class TokenizerRun:
             ConfigError: an unknown key, a wrong type, or values that do not fit together.
         """
         run = build(TokenizerRun, values)
+        if not 0 <= run.seed < 2**32:
+            raise ConfigError(f"seed is {run.seed}; it must lie between 0 and {2**32 - 1}")
         model_fields(run.model)
         return run
 
@@ -146,14 +156,13 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
             judge(engine, evaluator, val_images, run)
 
     with engine:
+        if engine.step and not engine.finished:  # what was due at this step may have been cut off
+            look()
         with engine.signals, contextlib.closing(endless(loader)) as batches:
             while not engine.finished:
                 train_step(engine, criterion, batches)
                 engine.end_step()
-                if engine.due(run.train.picture_every):
-                    draw(engine, pictured)
-                if evaluator is not None and engine.due(run.eval.every) and not engine.finished:
-                    judge(engine, evaluator, val_images, run)
+                look()
         finish(engine, run, train_images, frame)
         if evaluator is not None:
             judge(engine, evaluator, val_images, run, final=True)
@@ -266,9 +275,21 @@ def finish(engine: Engine, run: TokenizerRun, images: ImageSource, frame: Frame)
         with engine.averaged():
             mean, std, overall = measure_latents(model, images, frame, run)
             model.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1 / overall)
-            model.save_pretrained(engine.folder / MODEL)
+            save_model(model, engine.folder / MODEL)
         say(f"model saved in {engine.folder / MODEL}")
     engine.accelerator.wait_for_everyone()
+
+
+def save_model(model: HieraTok, path: Path) -> None:
+    """`save_pretrained` under another name, then renamed: whoever reads `path` meets a whole model or none."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    for file in unfinished.iterdir():
+        sync(file)
+    shutil.rmtree(path, ignore_errors=True)  # checkpoints hold the model until the next line
+    unfinished.rename(path)
+    sync(path.parent)
 
 
 @torch.no_grad()
@@ -291,8 +312,7 @@ def measure_latents(
     ):
         posterior = model.encode(to_float(batch.images.to(model.device))).latent_dist
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
-        latents.append((posterior.mean + posterior.std * noise.to(posterior.mean)).cpu().double())
+        latents.append(posterior.sample(generators).cpu().double())
     values = torch.cat(latents)
     mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3))
     return mean.tolist(), std.tolist(), float(values.std())

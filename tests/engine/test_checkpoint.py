@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from hieratok import files
 from hieratok.engine import checkpoint
 from hieratok.errors import CheckpointError
 
@@ -480,7 +481,7 @@ def test_a_file_is_replaced_in_one_step_even_after_a_crash_left_its_draft(tmp_pa
     path = tmp_path / "run.json"
     path.write_text("old")
     (tmp_path / f".run.json.{os.getpid()}.tmp").write_text("draft")
-    checkpoint.write_atomically(path, b"new")
+    files.write_atomically(path, b"new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
@@ -494,5 +495,5 @@ def test_a_failed_replacement_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_text() == "old"

@@ -64,7 +64,7 @@ def test_a_run_can_be_resumed_before_there_is_one(tmp_path):
     ("key", "value", "before"),
     [
         ("model", {"preset": "small-64"}, "'small-32'"), ("seed", 1, "0"), ("train.batch_size", 16, "8"),
-        ("train.accumulation", 2, "1"), ("train.precision", "bf16", "'fp32'"),
+        ("train.accumulation", 2, "1"),
         ("train.optimizer", "muon", "None"), ("data.source", "others", "'photos'"),
         ("data.augment", False, "True"), ("loss.l1", 2.0, "1.0"),
     ],

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,18 @@ def two(results, make_values, make_run, image_folder, tmp_path) -> dict[str, Any
         train_tokenizer(make_run(*STEPS, output="one_then_two"))
     train_tokenizer(make_run(*STEPS, output="one"))
 
-    begun = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True,
-                          timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(tmp_path / "script.py"), str(tmp_path)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        _, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends the processes that it started
+        _, stderr = process.communicate()
+        pytest.fail(f"the processes wait for each other:\n{stderr}")
     outcomes = [json.loads((tmp_path / f"outcomes-{rank}.json").read_text()) for rank in (0, 1)]
-    results |= {"folder": tmp_path, "outcomes": outcomes, "status": done.returncode, "stderr": done.stderr,
-                "seconds": time.monotonic() - begun,
+    results |= {"folder": tmp_path, "outcomes": outcomes, "status": process.returncode, "stderr": stderr,
                 "finish": make_run(*overrides["two_then_one"], output="two_then_one")}  # fmt: skip
     return results
 
@@ -181,7 +185,6 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused_by_both(two
     assert not (two["folder"] / "uneven").exists()
 
 
-def test_when_the_first_process_fails_alone_the_other_does_not_wait_for_it(two):
+def test_when_the_first_process_fails_alone_the_other_does_not_wait_for_it(two):  # else there would be no status
     assert two["status"] != 0
     assert "No space left on device" in two["stderr"]
-    assert two["seconds"] < 120

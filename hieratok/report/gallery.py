@@ -28,11 +28,6 @@ class GalleryRow:
     error: str
     psnr: float
 
-    @property
-    def reconstruction(self) -> str:
-        """The finest scale."""
-        return self.scales[-1]
-
 
 @dataclass(frozen=True)
 class Gallery:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..engine import run_folder as layout
+from ..engine.log import METRICS, read_metrics
 from ..engine.pictures import CAPTION, GAP, LARGEST_ERROR
 from ..errors import CheckpointError, MissingDependencyError
 from ..files import write_atomically
@@ -48,9 +49,14 @@ class RunRecord:
     folder: Path
     run: dict[str, Any]
     config: dict[str, Any]
-    train: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     pictures: list[Path]
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """The metrics of training, without those of evaluations."""
+        return [line for line in self.metrics if line["kind"] == "train"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def read_run(folder: Path) -> RunRecord:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{folder} names no model: config.yaml needs a `model` section")
     return RunRecord(
-        folder, run, config, read_metrics(folder / "metrics.jsonl"), _read_json(folder / "eval.json"),
+        folder, run, config, read_metrics(folder / METRICS), _read_json(folder / "eval.json"),
         sorted((folder / "pictures").glob("step-*.png")),
     )  # fmt: skip
 
@@ -118,22 +124,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The training records by ascending step; of a step that was done again after a resume, the later one.
-
-    A last line that a killed run left unfinished is passed over.
-    """
-    records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("kind") == "train" and "step" in record:
-            records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
 
 
 def render(record: RunRecord, gallery: Gallery | None) -> str:
@@ -187,8 +177,8 @@ def render(record: RunRecord, gallery: Gallery | None) -> str:
 def facts(record: RunRecord, section: Mapping[str, Any]) -> dict[str, str]:
     """Size and length of the run in words; what the record does not say is absent."""
     said = {"parameters": f"{figure(cost(section).parameters / 1e6)} million"}
-    if record.train:
-        last = record.train[-1]
+    if record.metrics:
+        last = record.metrics[-1]
         if "samples_seen" in last:
             said["images"] = f"{last['samples_seen']:,}"
         if "elapsed" in last:

@@ -23,7 +23,7 @@ from hieratok.errors import CheckpointError, DataError, MissingDependencyError  
 from hieratok.report import page  # noqa: E402
 from hieratok.report.gallery import build_gallery  # noqa: E402
 from hieratok.report.metrics import figure, metric_tables  # noqa: E402
-from hieratok.report.page import evenly, read_metrics, write_report  # noqa: E402
+from hieratok.report.page import evenly, write_report  # noqa: E402
 from hieratok.report.plots import loss_plots, smooth, spread  # noqa: E402
 
 SIDES = [1, 2, 4]
@@ -58,7 +58,8 @@ def run_folder(tmp_path: Path, tiny_fields: dict) -> Path:
         "licence": "by OpenMoji, CC BY-SA 4.0",
     }
     run = {"config": config, "command": "hieratok quickstart", "started": "2025-11-24T22:48:11+00:00", "seed": 0,
-           "versions": {"hieratok": "0.1.0"}, "world_size": 1, "device": "CPU with 2 threads", "data": data}  # fmt: skip
+           "versions": {"hieratok": "0.1.0"}, "world_size": 1,
+           "device": "CPU with 2 threads", "data": data}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -201,7 +202,7 @@ def test_every_command_is_one_that_the_command_line_takes(run_folder, monkeypatc
     ],
 )
 def test_the_command_to_train_on_moves_the_end_that_the_run_came_to(train, seconds, override):
-    record = page.RunRecord(Path(), {}, {"train": train}, [{"step": 1, "elapsed": seconds}], None, [])
+    record = page.RunRecord(Path(), {}, {"train": train}, [{"kind": "train", "step": 1, "elapsed": seconds}], None, [])
     assert page.longer(record) == override
 
 
@@ -223,14 +224,6 @@ def test_the_gallery_refuses_images_of_another_size(tiny_model):
 def test_pictures_of_another_layout_are_passed_over(run_folder):
     save_picture(Image.new("RGB", (101, 57)), run_folder / "pictures" / "step-00000010.png")
     assert 'id="progress"' not in write_report(run_folder).read_text()
-
-
-def test_a_resumed_run_counts_each_step_once_and_an_unfinished_line_not_at_all(tmp_path):
-    lines = [{"kind": "train", "step": s, "loss": loss} for s, loss in ((1, 3.0), (2, 2.0), (2, 1.0))]
-    lines.insert(1, {"kind": "eval", "step": 1, "psnr": 20.0})
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "tra')
-    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 3.0), (2, 1.0)]
 
 
 def test_curves_pass_over_what_is_not_finite_and_absent_terms_have_no_plot():

@@ -27,12 +27,10 @@ class BadSamples:
         self.allowed = math.floor(length * max_fraction)
         self.length, self.max_fraction, self.path = length, max_fraction, path
         self.seen: dict[int, BadSample] = {}
+        self._torn = ""
         if path is not None and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):  # the machine stopped while it was written
-                path.write_text("".join(lines[:-1]))
-                lines.pop()
-            for line in lines:
+            whole, _, self._torn = path.read_text().rpartition("\n")  # torn where the machine stopped while writing
+            for line in whole.splitlines():
                 sample = BadSample(**json.loads(line))
                 self.seen[sample.index] = sample
 
@@ -52,6 +50,9 @@ class BadSamples:
                 new.append(sample)
         if new and self.path is not None:
             with open(self.path, "a") as file:
+                if self._torn:
+                    file.truncate(self.path.stat().st_size - len(self._torn.encode()))
+                    self._torn = ""
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in new)
         if len(self.seen) > self.allowed:
             last = next(reversed(self.seen.values()))

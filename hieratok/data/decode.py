@@ -46,7 +46,7 @@ def decode_image(data: bytes, min_side: int | None, max_pixels: int, background:
             whole = round(drafted[1][2]), round(drafted[1][3])
             image = image.crop((0, 0, *whole)) if whole != image.size else image
         return to_rgb(upright(image), background)
-    except BadImage:
+    except (BadImage, ConfigError):
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"more pixels than data.max_pixels = {max_pixels} or Pillow allows: {error}") from error

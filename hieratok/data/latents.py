@@ -11,20 +11,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..config import suggest
 from ..errors import ConfigError, DataError, NonFiniteError
+from ..files import sha256_of, write_atomically
 from ..models.tokenizer import HieraTok
 from .decode import to_float
 from .frame import Frame
@@ -145,7 +146,7 @@ def encode(
                     bar.update(len(batch.indices))
                 _write_shard(path, rows)
             # Read back what is on the disk, so that new and resumed shards are counted in one way.
-            shards.append({"file": path.name, "sha256": _sha256(path), "count": statistics.update(path)})
+            shards.append({"file": path.name, "sha256": sha256_of(path), "count": statistics.update(path)})
             bad += end - start - shards[-1]["count"]
             if bad > total * max_bad_fraction:
                 raise DataError(
@@ -156,7 +157,7 @@ def encode(
         bar.close()
         model.train(was_training)
     manifest = {**job, "count": sum(s["count"] for s in shards), "shards": shards, **statistics.result()}
-    _write_atomically(output / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
+    write_atomically(output / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
 
 
@@ -196,7 +197,7 @@ class LatentsDataset(Dataset):
         """
         for shard in self.manifest["shards"]:
             file = self.path / shard["file"]
-            if not file.is_file() or _sha256(file) != shard["sha256"]:
+            if not file.is_file() or sha256_of(file) != shard["sha256"]:
                 raise DataError(
                     f"{file} is missing or not what was written; delete it and {MANIFEST}, and encode again"
                 )
@@ -330,9 +331,11 @@ class _Statistics:
 def _open_folder(output: Path, job: dict[str, Any]) -> None:
     """Claim a new folder for a job, or check that it is this job's."""
     output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("encode works as one process; start it without torchrun")
     if (output / JOB).is_file():
+        for leftover in output.glob(".latents-*.tmp"):
+            leftover.unlink()
         try:
             known = json.loads((output / JOB).read_text())
         except ValueError as error:
@@ -347,7 +350,7 @@ def _open_folder(output: Path, job: dict[str, Any]) -> None:
     elif any(output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no encoding; give a new output folder")
     else:
-        _write_atomically(output / JOB, lambda file: file.write_text(json.dumps(job, indent=2) + "\n"))
+        write_atomically(output / JOB, (json.dumps(job, indent=2) + "\n").encode())
 
 
 def _config(model: HieraTok) -> dict[str, Any]:
@@ -358,16 +361,7 @@ def _write_shard(path: Path, rows: list[dict[str, Tensor]]) -> None:
     if not rows:
         raise DataError(f"every image that belongs into {path.name} is bad; repair them or use a larger shard_size")
     tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-    _write_atomically(path, lambda file: save_file(tensors, file))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside `path`, bring it to the disk and give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, save_tensors(tensors))
 
 
 def _open_shard(path: Path) -> Any:
@@ -375,8 +369,3 @@ def _open_shard(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete it and {MANIFEST}, and encode again") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

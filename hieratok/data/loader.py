@@ -87,8 +87,9 @@ def _collate(items: list[tuple[Sample | None, list[BadSample]]]) -> Batch:
 
 def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; the main process decides what it means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A signal to the group of processes reaches workers too; the main process decides what it means, and ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_loader(
@@ -138,13 +139,14 @@ def eval_loader(
     Centre-cropped and unvaried, whatever `frame` says of training. A bad image is left out and named in `Batch.bad`.
 
     Raises:
-        DataError: more than `max_bad_fraction` of the images are bad.
+        DataError: more than `max_bad_fraction` of the images are bad. With several processes none knows the others'
+            count; the caller then compares.
     """
     frame = frame or Frame(image_size)
     length = len(source) if limit is None else min(limit, len(source))
     indices = range(start + rank, length, world_size)
     batches = [[(0, i) for i in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
-    bad = BadSamples(length, max_bad_fraction)
+    bad = BadSamples(length, max_bad_fraction if world_size == 1 else 1.0)
     for batch in _loader(_Samples(source, frame, seed, training=False), batches, num_workers):
         bad.add(batch.bad)
         if len(batch.indices):

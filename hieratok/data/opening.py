@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from .decode import parse_colour
 from .frame import Crop, Frame
 from .source import ImageSource, Subset, spread
 
@@ -41,6 +42,20 @@ class DataConfig:
     max_train_images: int | None = None
     max_val_images: int | None = None
 
+    def __post_init__(self) -> None:
+        parse_colour(self.background)
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction}; it must lie between 0 and 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction is {self.max_bad_fraction}; it must lie in [0, 1]")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers is {self.num_workers}; 0 decodes in the main process")
+        limits = {"max_pixels": self.max_pixels, "max_train_images": self.max_train_images,
+                  "max_val_images": self.max_val_images}  # fmt: skip
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}; it must be above 0")
+
     def frame(self, image_size: int) -> Frame:
         """How its images become squares of `image_size` pixels."""
         return Frame(image_size, self.crop, self.flip, self.augment, self.background, self.max_pixels)
@@ -51,14 +66,22 @@ class DataConfig:
         Raises:
             DataError: nothing is there, or it cannot be read.
         """
-        if split == "val" and self.val_source is not None:
-            source = open_source(self.val_source)
-        elif self.val_source is not None:
-            source = open_source(self.source)
+        if self.val_source is None:
+            source = part_of(_open(self.source), split, self.val_fraction)
         else:
-            source = open_source(self.source, split, self.val_fraction)
-        limit = self.max_val_images if split == "val" else self.max_train_images
-        return spread(source, limit)
+            source = _open(self.val_source if split == "val" else self.source)
+        return self._limited(source, split)
+
+    def open_both(self) -> tuple[ImageSource, ImageSource]:
+        """The training and the validation part; a source that holds both is read once."""
+        if self.val_source is not None:
+            return self.open("train"), self.open("val")
+        source = _open(self.source)
+        train, val = (part_of(source, split, self.val_fraction) for split in ("train", "val"))
+        return self._limited(train, "train"), self._limited(val, "val")
+
+    def _limited(self, source: ImageSource, split: Split) -> ImageSource:
+        return spread(source, self.max_val_images if split == "val" else self.max_train_images)
 
 
 def open_source(spec: str | Path, split: Split = "all", val_fraction: float = 0.05) -> ImageSource:
@@ -68,7 +91,11 @@ def open_source(spec: str | Path, split: Split = "all", val_fraction: float = 0.
         DataError: nothing is there, it cannot be read, or the part would be empty.
         ConfigError: a fraction outside 0 to 1.
     """
-    source = _open(str(spec))
+    return part_of(_open(str(spec)), split, val_fraction)
+
+
+def part_of(source: ImageSource, split: Split, val_fraction: float) -> ImageSource:
+    """One part of a source; see `open_source`."""
     if split == "all":
         return source
     if not 0 < val_fraction < 1:
@@ -125,7 +152,6 @@ def _open_shards(paths: Sequence[Path], name: str) -> ImageSource:
 
 def _held_out(source: ImageSource, fraction: float) -> np.ndarray:
     """A mask of the validation images: those whose name hashes below the fraction."""
-    name_of = getattr(source, "base", source.key)  # variants of one emoji stay on one side
-    hashes = [hashlib.blake2b(name_of(i).encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    hashes = [hashlib.blake2b(source.split_key(i).encode("utf-8", "surrogateescape"), digest_size=8).digest()
               for i in range(len(source))]  # fmt: skip
     return np.array([int.from_bytes(h, "little") for h in hashes], dtype=np.float64) < fraction * 2.0**64

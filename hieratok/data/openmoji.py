@@ -76,7 +76,7 @@ class OpenMojiSource:
         """The emoji itself."""
         return "".join(chr(code) for code in codes(self._names[index]))
 
-    def base(self, index: int) -> str:
+    def split_key(self, index: int) -> str:
         """Its name without skin tones: variants that look alike share it."""
         return toneless(self._names[index])
 

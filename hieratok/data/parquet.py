@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, MissingDependencyError
+from ..files import sync
 from .decode import BadImage
 from .source import EncodedSource, digest, resolve_labels
 
@@ -101,6 +102,7 @@ class ParquetSource(EncodedSource):
                 for file in files:
                     for batch in self._batches(file):
                         writer.write(pa.record_batch([_bytes_of(batch.column(0))], schema=schema))
+            sync(unfinished)
             os.replace(unfinished, path)
         return path
 

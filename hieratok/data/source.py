@@ -35,6 +35,9 @@ class ImageSource(Protocol):
     def key(self, index: int) -> str:
         """A name for the image that a person can find it by."""
 
+    def split_key(self, index: int) -> str:
+        """What decides whether an image is held out; images that look alike share it, so that none of them leaks."""
+
     def label(self, index: int) -> int:
         """The class, an index into `classes`; 0 where the set has none."""
 
@@ -53,6 +56,14 @@ class EncodedSource:
     licence: str | None = None
     classes: list[str]
     digest: str
+
+    def key(self, index: int) -> str:
+        """See `ImageSource.key`."""
+        raise NotImplementedError
+
+    def split_key(self, index: int) -> str:
+        """See `ImageSource.split_key`: the image's own name."""
+        return self.key(index)
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
@@ -80,6 +91,9 @@ class Subset:
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
+
+    def split_key(self, index: int) -> str:
+        return self.source.split_key(int(self.indices[index]))
 
     def label(self, index: int) -> int:
         return self.source.label(int(self.indices[index]))

@@ -19,6 +19,8 @@ from ..errors import DataError
 from .decode import SUFFIXES, BadImage
 from .source import EncodedSource, PackedStrings, digest, resolve_labels
 
+OPEN_SHARDS = 64  # at a time, per process; a system allows about a thousand files
+
 
 class TarSource(EncodedSource):
     """The image members of one or several uncompressed tar files, in their order."""
@@ -43,7 +45,7 @@ class TarSource(EncodedSource):
         self._places = np.asarray(places, dtype=np.int64)
         self._labels, self.classes = resolve_labels([0 if label is None else label for label in labels])
         self.digest = digest(p for key, place in zip(keys, places, strict=True) for p in (key, *place))
-        self._files: dict[int, int] = {}  # shard to descriptor, opened by each process for itself
+        self._files: dict[int, int] = {}  # shard to descriptor, each process its own; the one used last comes last
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -60,11 +62,15 @@ class TarSource(EncodedSource):
         if self._process != os.getpid():
             self._files, self._process = {}, os.getpid()
         try:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            return os.pread(self._files[shard], size, offset)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            self._files[shard] = descriptor = self._files.pop(shard, None) or os.open(self.paths[shard], os.O_RDONLY)
+            if len(self._files) > OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+            data = os.pread(descriptor, size, offset)
+        except OSError as error:  # of the disk or the system, not of one image
+            raise DataError(f"shard {self.paths[shard]} cannot be read: {error.strerror}") from error
+        if len(data) < size:
+            raise BadImage("the shard ends within the image")
+        return data
 
 
 def _index(path: Path) -> list[tuple[str, int, int, Any]]:

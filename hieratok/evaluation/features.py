@@ -12,7 +12,6 @@ from typing import Protocol
 from urllib.error import URLError
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import suggest
@@ -20,6 +19,7 @@ from ..data.decode import to_float
 from ..errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from ..files import sha256_of
 from ..losses.mini import load_mini
+from ..losses.weights_file import load_weights
 
 UNVERSIONED = "unversioned"
 
@@ -83,7 +83,7 @@ class InceptionFeatures:
         path = Path(weights) if weights is not None else _download(inception.URL_INCEPTION_V3)
         # torch-fidelity unpickles whatever file it is given; it gets tensors that were read safely, serialised anew.
         tensors = io.BytesIO()
-        torch.save(_load_tensors(path), tensors)
+        torch.save(load_weights(path, "Inception"), tensors)
         tensors.seek(0)
         try:
             network = inception.FeatureExtractorInceptionV3(
@@ -176,17 +176,6 @@ def _download(url: str) -> Path:
                 f"the file as feature_weights, or use features=mini"
             ) from error
     return path
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"no feature weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own
-        raise CheckpointError(f"{path} is no file of tensors that can be read safely: {error}") from error
 
 
 INCEPTION = InceptionFeatures.name

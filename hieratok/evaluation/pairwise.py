@@ -53,7 +53,7 @@ class Mean:
 
     def update(self, values: Tensor) -> None:
         """Add values of any shape."""
-        self.sums += torch.tensor([float(values.double().sum()) if values.numel() else 0.0, values.numel()])
+        self.sums += torch.tensor([float(values.double().sum()), values.numel()], dtype=torch.float64)
 
     @property
     def value(self) -> float | None:

@@ -7,7 +7,7 @@ Paper: Sec. 4 (rFID, PSNR, SSIM and LPIPS on the validation set). The protocol o
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
 from ..data.loader import Batch, eval_loader
 from ..data.source import ImageSource, spread
-from ..errors import ConfigError, NonFiniteError, ProtocolError
+from ..errors import ConfigError, DataError, HieratokError, NonFiniteError, ProtocolError
+from ..files import write_atomically
 from ..losses.perceptual import LPIPS, LpipsNetwork
 from ..losses.reconstruction import resize_images
 from ..models.tokenizer import HieraTok
@@ -81,12 +82,7 @@ class ReconstructionResult:
         """Write `to_dict()` as JSON; whoever reads the file meets the old one or the new one, never a part."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w") as file:
-            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     def table(self) -> str:
         """The figures, aligned for a terminal, with protocol and warnings under them."""
@@ -96,7 +92,7 @@ class ReconstructionResult:
             name = f"{side} ({side * self.protocol.patch_size} px)"
             rows.append([name, *(_number(metrics.get(key)) for key in pixelwise)])
         sets = [[label(key), _number(self.metrics[key]), f"N = {a:,} and {b:,}"] for key, (a, b) in self.counts.items()]
-        parts = [_align(sets), _align(rows), self.protocol.describe()]
+        parts = [*([_align(sets)] if sets else []), _align(rows), self.protocol.describe()]
         parts += [f"warning: {warning}" for warning in self.warnings]
         return "\n\n".join(parts)
 
@@ -160,13 +156,17 @@ def evaluate_reconstruction(
         max_bad_fraction: the part of the images that may be bad; they are left out.
 
     Raises:
-        ConfigError: an unknown network, posterior or precision, or a frame of another size than the model's.
+        ConfigError: a size that is not above 0, an unknown network, posterior or precision,
+            or a frame of another size than the model's.
         DataError: too many bad images.
-        ProtocolError: fewer than 4 images, or images too small for the feature network.
+        ProtocolError: images too small for the feature network.
         NonFiniteError: the model paints NaN or infinite pixels.
     """
     _check_choice("posterior", posterior, get_args(Posterior))
     _check_choice("precision", precision, get_args(Precision))
+    for name, value in {"num_images": num_images, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
     side = int(model.config.image_size)
     frame = frame or Frame(side)
     if frame.image_size != side:
@@ -192,17 +192,34 @@ def evaluate_reconstruction(
     was_training = model.training
     model.to(device).eval()  # type: ignore[arg-type]
     bar = tqdm(total=total, desc="reconstructing", unit="image", disable=not progress or rank != 0)
+    failure: HieratokError | None = None
+    # TF32, which cuDNN uses unasked, has 10 bits where fp32 has 23.
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), exact:
             for batch in batches:
                 images = batch.images.to(device)
                 comparison.update(images, reconstruct(model, images, batch, posterior, precision), batch.indices)
                 bar.update(min(len(images) * world_size, total - bar.n))
+    except HieratokError as error:
+        if world_size == 1:
+            raise
+        failure = error  # the other processes wait for our sums
     finally:
         bar.close()
         model.train(was_training)
     if accelerator is not None and world_size > 1:
+        failed = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
+        if failure is not None:
+            raise failure
+        if float(failed):  # type: ignore[arg-type]
+            raise DataError(f"{int(failed)} of the other processes failed; see their messages")  # type: ignore[arg-type]
         comparison.reduce(accelerator)
+    bad = total - comparison.num_images
+    if bad > math.floor(total * max_bad_fraction):
+        raise DataError(f"{bad} of {total} images are bad, more than the {max_bad_fraction:.2%} that may be")
+    if comparison.num_images == 0:
+        raise DataError(f"{source.name} holds no image that could be evaluated")
 
     protocol = Protocol(
         features=comparison.features.name,
@@ -303,15 +320,14 @@ class _Comparison:
 
     def result(self, protocol: Protocol, wanted: int) -> ReconstructionResult:
         even, odd = self.real
-        if min(even.count, odd.count) < 2:
-            raise ProtocolError(
-                f"{self.num_images} images are too few to evaluate; give at least {MIN_IMAGES} (2048 to mean something)"
-            )
-        rfid, halves = (figure_key(figure, self.features.name) for figure in ("rfid", "real_halves"))
-        metrics = {halves: frechet_distance(even, odd)}
-        counts = {rfid: (self.num_images, self.num_images), halves: (even.count, odd.count)}
-        even.merge(odd)
-        metrics = {rfid: frechet_distance(even, self.fake), **metrics}
+        metrics: dict[str, float] = {}
+        counts: dict[str, tuple[int, int]] = {}
+        if min(even.count, odd.count) >= 2:
+            rfid, halves = (figure_key(figure, self.features.name) for figure in ("rfid", "real_halves"))
+            counts = {rfid: (self.num_images, self.num_images), halves: (even.count, odd.count)}
+            between_halves = frechet_distance(even, odd)
+            even.merge(odd)
+            metrics = {rfid: frechet_distance(even, self.fake), halves: between_halves}
         figures = {
             side: {name: mean.value for name, mean in means.items() if mean.value is not None}
             for side, means in self.means.items()
@@ -324,6 +340,8 @@ class _Comparison:
         warnings = []
         if n < wanted:
             warnings.append(f"{wanted:,} images were asked for and {n:,} could be evaluated")
+        if n < MIN_IMAGES:
+            return [*warnings, f"{n:,} images are too few for Frechet distances, which are left out"]
         if n < FEW_IMAGES:
             warnings.append(
                 f"Frechet distances of {n:,} images are biased upwards; compare them at the same N only, and use "

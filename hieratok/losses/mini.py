@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError
 from ..files import sha256_of
+from .weights_file import load_weights
 
 MINI_WEIGHTS = Path(__file__).parent / "weights" / "mini.safetensors"
 
@@ -86,12 +86,8 @@ def load_mini(weights: str | Path | None = None) -> MiniNet:
         CheckpointError: the file is missing or its tensors are not those of this network.
     """
     path = Path(weights) if weights is not None else MINI_WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(
-            f"no weights of the mini network at {path}; give a .safetensors file or none for the shipped one"
-        )
     network = MiniNet()
-    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    tensors = {name: tensor.float() for name, tensor in load_weights(path, "mini").items()}
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

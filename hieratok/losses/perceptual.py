@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, MissingDependencyError
 from ..files import sha256_of
 from .mini import MiniNet, load_mini
+from .weights_file import load_weights
 
 LpipsNetwork = Literal["mini", "vgg16"]
 
@@ -85,13 +86,9 @@ def load_vgg16(weights: str | Path | None = None) -> Vgg16:
                 "LPIPS with vgg16 and no local weights needs torchvision: pip install 'hieratok[eval]', "
                 "or set loss.lpips_weights to a file with torchvision's VGG16 weights"
             ) from error
-        tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
     else:
-        path = Path(weights)
-        if not path.is_file():
-            raise CheckpointError(f"no VGG16 weights at {path}")
-        is_safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_weights(weights, "VGG16")
     prefix = "features."
     kept = {f"layers.{k.removeprefix(prefix)}": v for k, v in tensors.items() if k.startswith(prefix)}
     try:
@@ -164,7 +161,9 @@ class UnitDistance(torch.autograd.Function):
         """`(B,)` float32 of maps and targets `(B, C, h, w)`, weights `(1, C or 1, 1, 1)`; no gradient to targets."""
         positions = maps.shape[2] * maps.shape[3]
         at_once = max(1, CACHED_NUMBERS // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
-        gradient = torch.empty_like(maps) if ctx.needs_input_grad[0] else None
+        # Before fp16's loss scale is applied, most gradients are too small for fp16.
+        kept_in = torch.float32 if maps.dtype == torch.float16 else maps.dtype
+        gradient = torch.empty_like(maps, dtype=kept_in) if ctx.needs_input_grad[0] else None
         distances = []
         for start in range(0, len(maps), at_once):
             a, b = maps[start : start + at_once].float(), targets[start : start + at_once].float()
@@ -178,12 +177,13 @@ class UnitDistance(torch.autograd.Function):
                 part = weighted.addcmul_(a, along, value=-1).mul_(inverse_length.mul_(2 / positions))
                 gradient[start : start + at_once] = part
         ctx.save_for_backward(gradient)
+        ctx.dtype = maps.dtype
         return torch.cat(distances)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].view(-1, 1, 1, 1).to(gradient.dtype), None, None
+        return (gradient * upstream[0].view(-1, 1, 1, 1).to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 def inverse_norm(maps: Tensor, eps: float = 1e-8) -> Tensor:

@@ -74,7 +74,7 @@ def plan(run: TokenizerRun) -> Plan:
     size = run.train.micro_batch_size(accelerator.num_processes)
     model = build_model(run.model).to(accelerator.device)
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
-    train_images, val_images = run.data.open("train"), run.data.open("val")
+    train_images, val_images = run.data.open_both()
     engine = Engine(
         run.train, unused, accelerator, model, make_optimizers(model, run.train),
         total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),

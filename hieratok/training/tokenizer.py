@@ -122,7 +122,7 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     run.train.micro_batch_size(accelerator.num_processes)  # raises before anything is written
     model = build_model(run.model).to(accelerator.device)
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
-    train_images, val_images = run.data.open("train"), run.data.open("val")
+    train_images, val_images = run.data.open_both()
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
             start(folder, to_dict(run), run_facts(run, accelerator, train_images, val_images), resume=resume)

@@ -146,3 +146,22 @@ def test_a_configuration_says_how_images_are_framed():
     frame = config.frame(48)
     assert (frame.image_size, frame.crop, frame.flip) == (48, "squash", True)
     assert (frame.augment, frame.background, frame.max_pixels) == (False, "black", 99)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("background", "wihte"), ("val_fraction", 0.0), ("val_fraction", 1.0), ("max_bad_fraction", -3.0),
+        ("num_workers", -1), ("max_pixels", 0), ("max_train_images", 0), ("max_val_images", -1),
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_named_before_anything_is_read(field, value):
+    with pytest.raises(ConfigError, match=f"data.{field}"):
+        DataConfig(**{field: value})
+
+
+def test_both_parts_come_from_one_reading_and_are_those_of_two(image_folder):
+    config = DataConfig(source=str(image_folder), val_fraction=0.3, max_train_images=5)
+    train, val = config.open_both()
+    assert train.source.source is val.source
+    assert [part.digest for part in (train, val)] == [config.open("train").digest, config.open("val").digest]

@@ -420,3 +420,42 @@ def test_no_two_sequences_have_the_same_digest():
 def test_no_labels_are_no_classes():
     labels, classes = resolve_labels([])
     assert len(labels) == 0 and classes == []
+
+
+def test_many_shards_need_few_open_files(tmp_path):
+    import io
+    import os
+    import tarfile
+
+    from PIL import Image
+
+    from hieratok.data import tar
+
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(data, "PNG")
+    for i in range(tar.OPEN_SHARDS + 6):
+        with tarfile.open(tmp_path / f"{i:03}.tar", "w") as archive:
+            member = tarfile.TarInfo("a.png")
+            member.size = len(data.getvalue())
+            archive.addfile(member, io.BytesIO(data.getvalue()))
+    source = tar.TarSource(sorted(tmp_path.glob("*.tar")), "shards")
+    before = len(os.listdir("/proc/self/fd"))
+    for index in [*range(len(source)), 0, 1]:
+        assert source.read(index) == data.getvalue()
+    assert len(os.listdir("/proc/self/fd")) - before <= tar.OPEN_SHARDS
+
+
+def test_a_shard_that_is_gone_is_no_bad_image(tmp_path):
+    import io
+    import tarfile
+
+    from hieratok.data.tar import TarSource
+
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("a.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"png"))
+    source = TarSource([tmp_path / "a.tar"], "a")
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match="a.tar cannot be read"):
+        source.read(0)

@@ -120,7 +120,7 @@ def test_a_file_that_would_run_code_or_holds_something_else_is_refused(tmp_path)
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="does not hold torch-fidelity's Inception-v3"):
         load_features("inception", tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="no feature weights at"):
+    with pytest.raises(CheckpointError, match="no weights of Inception at"):
         load_features("inception", tmp_path / "missing.pth")
 
 

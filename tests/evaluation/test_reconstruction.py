@@ -16,6 +16,7 @@ from hieratok.data.decode import to_uint8
 from hieratok.data.frame import Frame
 from hieratok.data.loader import eval_loader
 from hieratok.data.opening import open_source
+from hieratok.data.source import spread
 from hieratok.errors import ConfigError, DataError, NonFiniteError, ProtocolError
 from hieratok.evaluation.frechet import GaussianSums, frechet_distance
 from hieratok.evaluation.reconstruction import evaluate_reconstruction, label, reconstruct
@@ -139,7 +140,7 @@ def test_the_protocol_names_everything_that_the_figures_depend_on(tiny_model, so
     result = evaluate(tiny_model, source, num_images=9, posterior="sample", seed=7, precision="bf16")
     protocol = result.protocol
     assert (protocol.num_images, protocol.posterior, protocol.seed, protocol.precision) == (9, "sample", 7, "bf16")
-    assert (protocol.dataset, protocol.dataset_digest) == (source.name, source.digest)
+    assert (protocol.dataset, protocol.dataset_digest) == (source.name, spread(source, 9).digest)
     assert (protocol.features, protocol.lpips, protocol.image_size) == ("mini", "mini", 32)
     assert len(protocol.features_sha256) == len(protocol.lpips_sha256) == 64
     text = protocol.describe()
@@ -181,8 +182,11 @@ def test_a_saved_result_is_json_with_figures_and_protocol(tiny_model, source, tm
 
 
 def test_conditions_under_which_a_figure_means_nothing_are_refused(tiny_model, source, tiny_fields):
-    with pytest.raises(ProtocolError, match="3 images are too few"):
-        evaluate(tiny_model, source, num_images=3)
+    result = evaluate(tiny_model, source, num_images=3)
+    assert not any("rfid" in key or "halves" in key for key in result.metrics)
+    assert result.metrics["psnr"] > 0 and "3 images are too few for Frechet distances" in result.table()
+    with pytest.raises(ConfigError, match="num_images is 0"):
+        evaluate(tiny_model, source, num_images=0)
     with pytest.raises(ConfigError, match="posterior 'mod'; did you mean 'mode'"):
         evaluate(tiny_model, source, posterior="mod")
     with pytest.raises(ConfigError, match="precision 'fp16'"):

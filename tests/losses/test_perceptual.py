@@ -108,7 +108,7 @@ def test_with_the_same_backbone_weights_vgg16_equals_torchmetrics(photographs, t
 
 
 def test_files_that_are_not_the_network_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no VGG16 weights at"):
+    with pytest.raises(CheckpointError, match="no weights of VGG16 at"):
         LPIPS("vgg16", tmp_path / "none.pth")
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.safetensors")
     with pytest.raises(CheckpointError, match="does not hold"):
@@ -139,3 +139,42 @@ def test_the_distance_of_unit_vectors_and_its_gradient_are_those_of_the_formula(
     (expected,) = torch.autograd.grad(formula, maps, upstream)
     torch.testing.assert_close(ours, formula)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_in_fp16_small_gradients_survive_until_the_loss_scale_lifts_them():
+    from hieratok.losses.perceptual import UnitDistance
+
+    torch.manual_seed(0)
+    maps, targets = torch.rand(2, 8, 128, 128), torch.rand(2, 8, 128, 128)
+    half = maps.half().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    weights, scale = torch.tensor([[[[0.1]]]]), 2.0**16
+    (UnitDistance.apply(half, targets.half(), weights).mean() * scale).backward()
+    (UnitDistance.apply(full, targets.half().float(), weights).mean() * scale).backward()
+    error = (half.grad.float() - full.grad).norm() / full.grad.norm()
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize("network", ["mini", "vgg16"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_that_holds_no_weights_is_refused_with_its_name(tmp_path, network, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(CheckpointError, match="weights"):
+        LPIPS(network, path)
+
+
+def test_a_pickle_of_weights_is_never_run(tmp_path):
+    import pickle
+
+    canary = tmp_path / "canary"
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(canary), "w"))
+
+    path = tmp_path / "vgg16.pth"
+    path.write_bytes(pickle.dumps({"features.0.weight": Attack()}, protocol=2))
+    with pytest.raises(CheckpointError):
+        LPIPS("vgg16", path)
+    assert not canary.exists()

@@ -57,8 +57,13 @@ class BadSamples:
         if len(self.seen) > self.allowed:
             last = next(reversed(self.seen.values()))
             listed = f"they are listed in {self.path}" if self.path else f"the last one is {last.key}: {last.reason}"
-            raise DataError(
-                f"{len(self.seen)} of {self.length} images are bad, more than data.max_bad_fraction = "
-                f"{self.max_fraction:g} allows; {listed}. Repair or remove them, or allow more"
-            )
+            raise too_many(len(self.seen), self.length, self.max_fraction, f"; {listed}")
         return new
+
+
+def too_many(bad: int, length: int, max_fraction: float, remark: str = "") -> DataError:
+    """The error of more bad images than allowed."""
+    return DataError(
+        f"{bad} of {length} images are bad, more than data.max_bad_fraction = {max_fraction:g} allows{remark}. "
+        f"Repair or remove them, or allow more"
+    )

@@ -37,6 +37,7 @@ LatentPosterior = Literal["mode", "sample", "moments"]
 VERSION = 1
 JOB = "job.json"
 MANIFEST = "manifest.json"
+UNFINISHED = (f".{JOB}.*.tmp", f".{MANIFEST}.*.tmp", ".latents-*.tmp")  # what a broken run leaves
 
 
 def encode(
@@ -86,7 +87,8 @@ def encode(
         samples they describe).
 
     Raises:
-        ConfigError: the folder holds something else, or a setting is none of its choices.
+        ConfigError: the folder holds something else, a setting is none of its choices, or several processes were
+            started for it.
         DataError: no images, too many bad ones, or a damaged shard.
         NonFiniteError: a latent is NaN or infinite.
     """
@@ -330,12 +332,10 @@ class _Statistics:
 
 def _open_folder(output: Path, job: dict[str, Any]) -> None:
     """Claim a new folder for a job, or check that it is this job's."""
-    output.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("encode works as one process; start it without torchrun")
+        raise ConfigError("encode works as one process; start it without torchrun or accelerate launch")
+    output.mkdir(parents=True, exist_ok=True)
     if (output / JOB).is_file():
-        for leftover in output.glob(".latents-*.tmp"):
-            leftover.unlink()
         try:
             known = json.loads((output / JOB).read_text())
         except ValueError as error:
@@ -347,10 +347,13 @@ def _open_folder(output: Path, job: dict[str, Any]) -> None:
                 f"{output} holds an encoding with another {', '.join(differing)}; give another output folder, "
                 f"or delete this one"
             )
-    elif any(output.iterdir()):
+    elif set(output.iterdir()) - set(output.glob(UNFINISHED[0])):
         raise ConfigError(f"{output} is not empty and holds no encoding; give a new output folder")
     else:
         write_atomically(output / JOB, (json.dumps(job, indent=2) + "\n").encode())
+    for pattern in UNFINISHED:
+        for leftover in output.glob(pattern):
+            leftover.unlink()
 
 
 def _config(model: HieraTok) -> dict[str, Any]:

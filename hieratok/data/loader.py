@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +91,17 @@ def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A signal to the group of processes reaches workers too; the main process decides what it means, and ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it, and cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_the_main_process_word, daemon=True).start()
+
+
+def _end_on_the_main_process_word() -> None:
+    """Leave at a SIGTERM of the main process only; were that ignored too, Python would wait for ever at its exit."""
+    main = parent_process()
+    while main is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
+            os._exit(0)
 
 
 def train_loader(

@@ -24,7 +24,10 @@ IN_MEMORY = 2 << 30  # bytes of encoded images that are held rather than mapped
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one or several Parquet files, in the order of the files' names."""
+    """Rows of one or several Parquet files, in the order of the files' names.
+
+    The cache folder is `~/.cache/hieratok`, or where the environment variable HIERATOK_CACHE says.
+    """
 
     def __init__(self, paths: Sequence[Path], name: str, in_memory: int = IN_MEMORY) -> None:
         """Raises:
@@ -95,7 +98,7 @@ class ParquetSource(EncodedSource):
         # Other files may have the same names and sizes: where and when they were written tells them apart.
         origin = digest(p for path in self.paths for p in (str(path.resolve()), path.stat().st_mtime_ns))
         path = cache / f"{self.digest[:16]}{origin[:16]}.arrow"
-        if not path.exists():
+        if not self._is_whole(path):
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             schema = pa.schema([("image", pa.large_binary())])
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -105,6 +108,13 @@ class ParquetSource(EncodedSource):
             sync(unfinished)
             os.replace(unfinished, path)
         return path
+
+    def _is_whole(self, cache: Path) -> bool:
+        """Whether a cache holds every row; one that the machine went down with does not."""
+        try:
+            return sum(len(array) for array in self._map(cache)) == len(self)
+        except (OSError, ValueError):  # Arrow's errors are among them
+            return False
 
     @staticmethod
     def _map(cache: Path) -> list[Any]:

@@ -45,8 +45,10 @@ class TarSource(EncodedSource):
         self._places = np.asarray(places, dtype=np.int64)
         self._labels, self.classes = resolve_labels([0 if label is None else label for label in labels])
         self.digest = digest(p for key, place in zip(keys, places, strict=True) for p in (key, *place))
-        self._files: dict[int, int] = {}  # shard to descriptor, each process its own; the one used last comes last
-        self._process = os.getpid()
+        self._files: dict[int, int] = {}  # shard to descriptor; the one used last comes last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # a copy closes what it opened, and nothing else
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -59,10 +61,9 @@ class TarSource(EncodedSource):
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(v) for v in self._places[index])
-        if self._process != os.getpid():
-            self._files, self._process = {}, os.getpid()
         try:
-            self._files[shard] = descriptor = self._files.pop(shard, None) or os.open(self.paths[shard], os.O_RDONLY)
+            descriptor = self._files.pop(shard) if shard in self._files else os.open(self.paths[shard], os.O_RDONLY)
+            self._files[shard] = descriptor
             if len(self._files) > OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
             data = os.pread(descriptor, size, offset)

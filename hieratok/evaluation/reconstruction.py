@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..config import suggest
+from ..data.bad import too_many
 from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
 from ..data.loader import Batch, eval_loader
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 Posterior = Literal["mode", "sample"]
 Precision = Literal["fp32", "bf16"]
 
-MIN_IMAGES = 4  # two in each half of the real images
 FEW_IMAGES = 2048  # below this, a Frechet distance is mostly the bias of its small samples
 RESIZE_RULES = {
     "center": "shorter side resized by Lanczos, centre crop",
@@ -158,7 +158,8 @@ def evaluate_reconstruction(
     Raises:
         ConfigError: a size that is not above 0, an unknown network, posterior or precision,
             or a frame of another size than the model's.
-        DataError: too many bad images.
+        DataError: too many bad images, or no good one.
+        HieratokError: another process of the run failed.
         ProtocolError: images too small for the feature network.
         NonFiniteError: the model paints NaN or infinite pixels.
     """
@@ -192,16 +193,19 @@ def evaluate_reconstruction(
     was_training = model.training
     model.to(device).eval()  # type: ignore[arg-type]
     bar = tqdm(total=total, desc="reconstructing", unit="image", disable=not progress or rank != 0)
-    failure: HieratokError | None = None
+    failure: Exception | None = None
     # TF32, which cuDNN uses unasked, has 10 bits where fp32 has 23.
-    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
     try:
         with torch.no_grad(), exact:
             for batch in batches:
                 images = batch.images.to(device)
                 comparison.update(images, reconstruct(model, images, batch, posterior, precision), batch.indices)
                 bar.update(min(len(images) * world_size, total - bar.n))
-    except HieratokError as error:
+    except Exception as error:
         if world_size == 1:
             raise
         failure = error  # the other processes wait for our sums
@@ -213,11 +217,11 @@ def evaluate_reconstruction(
         if failure is not None:
             raise failure
         if float(failed):  # type: ignore[arg-type]
-            raise DataError(f"{int(failed)} of the other processes failed; see their messages")  # type: ignore[arg-type]
+            raise HieratokError("the evaluation failed in another process, whose message says why")
         comparison.reduce(accelerator)
     bad = total - comparison.num_images
     if bad > math.floor(total * max_bad_fraction):
-        raise DataError(f"{bad} of {total} images are bad, more than the {max_bad_fraction:.2%} that may be")
+        raise too_many(bad, total, max_bad_fraction)
     if comparison.num_images == 0:
         raise DataError(f"{source.name} holds no image that could be evaluated")
 
@@ -340,8 +344,8 @@ class _Comparison:
         warnings = []
         if n < wanted:
             warnings.append(f"{wanted:,} images were asked for and {n:,} could be evaluated")
-        if n < MIN_IMAGES:
-            return [*warnings, f"{n:,} images are too few for Frechet distances, which are left out"]
+        if min(half.count for half in self.real) < 2:
+            return [*warnings, f"{n:,} images are too few for Frechet distances, which are left out; give 4 or more"]
         if n < FEW_IMAGES:
             warnings.append(
                 f"Frechet distances of {n:,} images are biased upwards; compare them at the same N only, and use "

@@ -110,6 +110,13 @@ def test_alpha_is_composed_over_the_background(mode, background, rgb):
     assert (found[7, 7] == colour).all()
 
 
+def test_an_unknown_background_is_no_bad_image():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4)).save(buffer, "PNG")
+    with pytest.raises(ConfigError, match="data.background 'wihte'"):
+        decode(buffer.getvalue(), "wihte")
+
+
 def test_an_unknown_background_names_the_field():
     with pytest.raises(ConfigError, match="data.background 'purpel'"):
         parse_colour("purpel")

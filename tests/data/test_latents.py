@@ -167,6 +167,32 @@ def test_a_folder_of_something_else_or_of_another_job_is_refused(tiny_model, sou
         run(tiny_model, source, tmp_path / "out")
 
 
+def test_what_a_broken_run_left_is_removed_and_nothing_else(tiny_model, source, tmp_path):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    for folder, names in ((theirs, (".x.tmp", ".latents-00000.1.tmp")), (out, (".job.json.1.tmp",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        run(tiny_model, source, theirs)
+    assert len(list(theirs.iterdir())) == 2
+    run(tiny_model, source, out)  # it broke off while it claimed the folder
+    for name in (".mine.tmp", ".manifest.json.1.tmp"):
+        (out / name).touch()
+    with pytest.raises(ConfigError, match="another seed"):
+        run(tiny_model, source, out, seed=1)
+    assert (out / ".manifest.json.1.tmp").exists()
+    run(tiny_model, source, out)
+    assert [path.name for path in out.glob(".*")] == [".mine.tmp"]
+
+
+def test_several_processes_are_refused(tiny_model, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start it without torchrun"):
+        run(tiny_model, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_changed_or_missing_shard_is_found(tiny_model, source, tmp_path):
     run(tiny_model, source, tmp_path / "out")
     shard = tmp_path / "out" / "latents-00002.safetensors"

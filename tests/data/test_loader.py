@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
 from itertools import islice
 
 import pytest
@@ -65,6 +68,19 @@ def test_a_batch_is_what_its_indices_and_seeds_say(source):
 def test_batches_are_the_same_for_any_number_of_workers(source):
     for a, b in zip(take(source, 6), take(source, 6, num_workers=2), strict=True):
         assert same(a, b)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")
+def test_workers_end_at_the_word_of_the_main_process_only(source):
+    batches = iter(train_loader(source, FRAME, seed=1, batch_size=8, num_workers=1))
+    next(batches)
+    (worker,) = batches._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does to all of a job
+    worker.join(0.3)
+    assert worker.is_alive() and len(next(batches).indices) == 8
+    os.kill(worker.pid, signal.SIGTERM)  # as Python does at its exit, and then waits
+    worker.join(5)
+    assert worker.exitcode == 0
 
 
 def test_bad_images_are_the_same_for_any_number_of_workers(damaged):
@@ -204,6 +220,18 @@ def test_a_list_whose_last_line_was_cut_is_taken_up(tmp_path):
     assert list(BadSamples(100, 0.05, path).seen) == [1, 2]
 
 
+def test_a_cut_list_is_left_as_it_is_until_something_is_added(tmp_path):
+    path = tmp_path / "bad_images.jsonl"
+    BadSamples(100, 0.05, path).add(entries(1, 2))
+    cut = path.read_text()[:-15]
+    path.write_text(cut)
+    first, second = (BadSamples(100, 0.05, path) for _ in range(2))
+    second.add(entries(1))
+    assert path.read_text() == cut
+    first.add(entries(7))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [1, 7]
+
+
 def test_evaluation_takes_each_image_once_in_order(source):
     batches = list(eval_loader(source, 16, 7))
     assert [len(b.indices) for b in batches] == [7, 7, 7, 3]
@@ -235,6 +263,11 @@ def test_ranks_part_the_images_among_them(source, world_size):
     assert sorted(i for part in parts for i in part.indices.tolist()) == list(range(24))
     for rank, part in enumerate(parts):
         assert part.indices.tolist() == list(range(rank, 24, world_size))
+
+
+def test_of_several_processes_none_judges_its_bad_images_alone(damaged):
+    (part,) = eval_loader(damaged, 16, 24, rank=1, world_size=2)
+    assert [entry.index for entry in part.bad] == [3]
 
 
 def test_a_limit_and_a_start_cut_the_pass(source):

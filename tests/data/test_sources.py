@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -161,6 +162,15 @@ class TestParquet:
         written = cache.stat().st_mtime_ns
         assert shows(ParquetSource(paths, "set", 0), range(9))
         assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [written]
+
+    @pytest.mark.parametrize("kept", [0, 700, -1])
+    def test_a_torn_cache_is_written_anew(self, tmp_path, monkeypatch, kept):
+        monkeypatch.setenv("HIERATOK_CACHE", str(tmp_path / "cache"))
+        paths = [parquet(tmp_path / "a.parquet", [png(i) for i in range(9)])]
+        ParquetSource(paths, "set", 0)
+        (cache,) = (tmp_path / "cache").iterdir()
+        cache.write_bytes(cache.read_bytes()[:kept])
+        assert shows(ParquetSource(paths, "set", 0), range(9))
 
     def test_the_cache_of_another_set_of_the_same_names_and_sizes_is_not_taken(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HIERATOK_CACHE", str(tmp_path / "cache"))
@@ -372,6 +382,22 @@ class TestTar:
         pickle.loads(trap)
         assert (tmp_path / "sprung").exists()
 
+    def test_a_copy_does_not_share_open_files(self, tmp_path):
+        source = TarSource([tar(tmp_path / "a.tar", [("0.png", png(0))])], "set")
+        source.read(0)
+        assert source._files and not pickle.loads(pickle.dumps(source))._files
+
+    @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+    def test_a_failure_of_the_system_is_no_bad_image(self, tmp_path, monkeypatch, code):
+        source = TarSource([tar(tmp_path / "a.tar", [("0.png", png(0))])], "set")
+
+        def fails(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "open" if code == errno.EMFILE else "pread", fails)
+        with pytest.raises(DataError, match=r"a\.tar cannot be read"):
+            source.pixels(0, FRAME, None)
+
     def test_a_shard_without_images_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="holds no images"):
             TarSource([tar(tmp_path / "a.tar", [("0.txt", b"x")])], "set")
@@ -388,7 +414,7 @@ class TestParts:
         part = pickle.loads(pickle.dumps(Subset(source, [7, 3, 12], "some")))
         assert len(part) == 3 and part.classes == source.classes and part.name == source.name
         for new, old in enumerate([7, 3, 12]):
-            assert part.key(new) == source.key(old) and part.label(new) == source.label(old)
+            assert part.split_key(new) == part.key(new) == source.key(old) and part.label(new) == source.label(old)
             assert shown(part, new) == shown(source, old)
 
     def test_the_digest_of_a_subset_tells_what_is_in_it(self, source):

@@ -49,6 +49,12 @@ def test_black_against_white_differs_by_2_in_the_range_of_minus_1_to_1():
     assert pairwise.psnr(black, black + 255).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_a_mean_keeps_the_digits_of_float64():
+    mean = pairwise.Mean()
+    mean.update(torch.tensor([2.0**24, 1.0], dtype=torch.float64))
+    assert mean.value == (2**24 + 1) / 2
+
+
 def test_a_mean_of_nothing_is_none():
     mean = pairwise.Mean()
     assert mean.value is None

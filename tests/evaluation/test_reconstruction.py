@@ -16,7 +16,7 @@ from hieratok.data.decode import to_uint8
 from hieratok.data.frame import Frame
 from hieratok.data.loader import eval_loader
 from hieratok.data.opening import open_source
-from hieratok.data.source import spread
+from hieratok.data.source import Subset, spread
 from hieratok.errors import ConfigError, DataError, NonFiniteError, ProtocolError
 from hieratok.evaluation.frechet import GaussianSums, frechet_distance
 from hieratok.evaluation.reconstruction import evaluate_reconstruction, label, reconstruct
@@ -207,6 +207,30 @@ def test_too_many_bad_images_stop_the_evaluation(tiny_model, image_folder):
     assert result.protocol.num_images == 22 and "24 images were asked for and 22" in result.warnings[0]
 
 
+def test_convolutions_are_exact_while_metrics_are_taken_and_as_before_afterwards(tiny_model, source, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    seen = []
+
+    def watching(images):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic))
+        return tones(images)
+
+    watching.dim = 3
+    evaluate(tiny_model, source, features=watching)
+    assert set(seen) == {(False, True)} and torch.backends.cudnn.allow_tf32
+
+
+def test_halves_too_small_for_a_distance_are_said_to_be_so(tiny_model, image_folder):
+    source = open_source(image_folder)
+    for index in (1, 3, 5):
+        (image_folder / source.key(index)).write_bytes(b"not an image")
+    result = evaluate(tiny_model, Subset(source, range(7), "few"), max_bad_fraction=0.5)
+    assert result.protocol.num_images == 4 and not result.counts
+    assert result.warnings[-1].startswith("4 images are too few for Frechet distances")
+    with pytest.raises(DataError, match="no image that could be evaluated"):
+        evaluate(tiny_model, Subset(source, [1, 3], "bad"), max_bad_fraction=1.0)
+
+
 SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
@@ -228,12 +252,45 @@ torch.distributed.destroy_process_group() if torch.distributed.is_initialized() 
 """
 
 
-def test_two_processes_come_to_the_figures_of_one(tiny_model, image_folder, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "model")
+FAILING = """
+import json, sys, torch
+from accelerate import Accelerator
+from hieratok.data.opening import open_source
+from hieratok.evaluation import evaluate_reconstruction
+from hieratok.models.tokenizer import HieraTok
+
+model, folder, output = sys.argv[1:]
+accelerator = Accelerator(cpu=True)
+raised = []
+
+def tones(images):
+    return images.double().mean(dim=(2, 3))
+
+def breaks_on_the_second(images):
+    if accelerator.process_index == 1:
+        raise RuntimeError("out of memory")
+    return tones(images)
+
+breaks_on_the_second.dim = 3
+for features, allowed in ((tones, 0.05), (breaks_on_the_second, 0.1), (tones, 0.1)):
+    try:
+        evaluate_reconstruction(HieraTok.from_pretrained(model), open_source(folder), features=features,
+                                max_bad_fraction=allowed, progress=False, accelerator=accelerator)
+    except Exception as error:
+        raised.append(f"{type(error).__name__}: {error}")
+with open(f"{output}/rank{accelerator.process_index}.json", "w") as file:
+    json.dump(raised, file)
+torch.distributed.destroy_process_group()
+"""
+
+
+def run_two_processes(script, model, image_folder, tmp_path):
+    """What two processes of a run leave in `rank0.json` and `rank1.json`."""
+    model.save_pretrained(tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), str(image_folder), str(tmp_path)]
+    arguments = [sys.executable, "-c", script, str(tmp_path / "model"), str(image_folder), str(tmp_path)]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     root = str(Path(__file__).parents[2])
     processes = [
@@ -253,7 +310,22 @@ def test_two_processes_come_to_the_figures_of_one(tiny_model, image_folder, tmp_
     finally:
         for process in processes:
             process.kill()
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_processes_judge_bad_images_together_and_fail_together(tiny_model, image_folder, tmp_path):
+    source = open_source(image_folder)
+    for index in (4, 11):  # one for each process; one of the 24 may be bad
+        (image_folder / source.key(index)).write_bytes(b"not an image")
+    first, second = run_two_processes(FAILING, tiny_model, image_folder, tmp_path)
+    assert len(first) == len(second) == 2
+    assert first[0] == second[0] and first[0].startswith("DataError: 2 of 24 images are bad, more than data.max_bad")
+    assert first[1].startswith("HieratokError: the evaluation failed in another process")
+    assert second[1] == "RuntimeError: out of memory"
+
+
+def test_two_processes_come_to_the_figures_of_one(tiny_model, image_folder, tmp_path):
+    first, second = run_two_processes(SCRIPT, tiny_model, image_folder, tmp_path)
     assert first == second
     source = open_source(image_folder)
     settings = {"num_images": 23, "features": tones, "posterior": "sample"}

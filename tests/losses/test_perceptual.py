@@ -164,6 +164,21 @@ def test_a_file_that_holds_no_weights_is_refused_with_its_name(tmp_path, network
         LPIPS(network, path)
 
 
+def test_downloaded_weights_are_read_safely(monkeypatch):
+    from torchvision.models import VGG16_Weights
+
+    asked = {}
+
+    def get_state_dict(self, **settings):
+        asked.update(settings)
+        return {}
+
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", get_state_dict)
+    with pytest.raises(CheckpointError, match="does not hold"):
+        LPIPS("vgg16")
+    assert asked["weights_only"] is True
+
+
 def test_a_pickle_of_weights_is_never_run(tmp_path):
     import pickle
 

@@ -46,7 +46,7 @@ def judge(model: HieraTok, images: ImageSource, run: TokenizerRun, accelerator: 
     result = evaluate_reconstruction(
         model,
         images,
-        num_images=run.eval.num_images,
+        num_images=min(run.eval.num_images or len(images), len(images)),
         batch_size=run.eval.batch_size,
         features=run.eval.features,
         feature_weights=run.eval.feature_weights,

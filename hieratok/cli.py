@@ -233,7 +233,7 @@ def run_encode(args: argparse.Namespace) -> None:
         shard_size=args.shard_size, posterior=args.posterior, flip=args.flip, num_workers=args.num_workers,
         precision=args.precision, seed=args.seed, limit=args.limit, device=device_of(args),
     )  # fmt: skip
-    print(f"{manifest['num_images']:,} images in {len(manifest['shards'])} shards: {args.out}")
+    print(f"{manifest['num_images']:,} images in {len(manifest['shards'])} shard(s): {args.out}")
 
 
 def add_evaluate(commands: Any) -> None:

@@ -94,7 +94,10 @@ class Progress:
         self.bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in values.items()), refresh=False)
         self.bar.update(done - self.bar.n)
 
-    def close(self) -> None:
+    def close(self, *, done: bool = False) -> None:
+        """`done`: the run has come to its end, wherever the last update was."""
+        if done and self.bar.total:
+            self.bar.update(self.bar.total - self.bar.n)
         self.bar.close()
 
 

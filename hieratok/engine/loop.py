@@ -239,7 +239,7 @@ class Engine:
         if self.step % self.config.checkpoint_every == 0 or self.finished or signal_number:
             self.save()
         if self.finished and self.progress_bar is not None:
-            self.progress_bar.close()
+            self.progress_bar.close(done=True)
         if signal_number:
             say(f"stopped by a signal after step {self.step}; go on with --resume", main=self.main)
             raise Stopped(128 + int(signal_number))

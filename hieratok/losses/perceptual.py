@@ -152,8 +152,7 @@ class UnitDistance(torch.autograd.Function):
     """Mean over positions of the weighted squared difference of two maps whose vectors are scaled to unit length.
 
     The gradient is found in the forward pass, a few samples at a time: the dozen intermediate maps then stay in the
-    processor's cache, which makes both passes together about four times as fast as autograd's on a CPU
-    (`benchmarks/lpips.py`).
+    processor's cache, and LPIPS takes half the time on a CPU that it takes by autograd (`benchmarks/lpips.py`).
     """
 
     @staticmethod

@@ -37,8 +37,8 @@ class BadSamples:
     def __len__(self) -> int:
         return len(self.seen)
 
-    def add(self, samples: Iterable[BadSample]) -> list[BadSample]:
-        """Record those not seen before, and return them.
+    def add(self, samples: Iterable[BadSample], *, write: bool = True) -> list[BadSample]:
+        """Record those not seen before, and return them; of several processes only one may `write` the list.
 
         Raises:
             DataError: more than the allowed part of the set is bad.
@@ -48,7 +48,7 @@ class BadSamples:
             if sample.index not in self.seen:
                 self.seen[sample.index] = sample
                 new.append(sample)
-        if new and self.path is not None:
+        if new and write and self.path is not None:
             with open(self.path, "a") as file:
                 if self._torn:
                     file.truncate(self.path.stat().st_size - len(self._torn.encode()))

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..config import suggest
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..files import sha256_of, write_atomically
+from ..models.presets import plain_config
 from ..models.tokenizer import HieraTok
 from .decode import to_float
 from .frame import Frame
@@ -107,7 +108,7 @@ def encode(
     output = Path(output)
     job = {
         "version": VERSION,
-        "model": {"config": _config(model), "sha256": state_sha256(model)},
+        "model": {"config": plain_config(model), "sha256": state_sha256(model)},
         "source": {"name": source.name, "digest": source.digest},
         "classes": list(source.classes),
         "crop": frame.crop,
@@ -354,10 +355,6 @@ def _open_folder(output: Path, job: dict[str, Any]) -> None:
     for pattern in UNFINISHED:
         for leftover in output.glob(pattern):
             leftover.unlink()
-
-
-def _config(model: HieraTok) -> dict[str, Any]:
-    return {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
 
 
 def _write_shard(path: Path, rows: list[dict[str, Tensor]]) -> None:

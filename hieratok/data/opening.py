@@ -77,7 +77,8 @@ class DataConfig:
         if self.val_source is not None:
             return self.open("train"), self.open("val")
         source = _open(self.source)
-        train, val = (part_of(source, split, self.val_fraction) for split in ("train", "val"))
+        held = _held_out(source, self.val_fraction)
+        train, val = (_part(source, held, split, self.val_fraction) for split in ("train", "val"))
         return self._limited(train, "train"), self._limited(val, "val")
 
     def _limited(self, source: ImageSource, split: Split) -> ImageSource:
@@ -100,7 +101,11 @@ def part_of(source: ImageSource, split: Split, val_fraction: float) -> ImageSour
         return source
     if not 0 < val_fraction < 1:
         raise ConfigError(f"data.val_fraction is {val_fraction}; it must lie between 0 and 1")
-    held = _held_out(source, val_fraction)
+    return _part(source, _held_out(source, val_fraction), split, val_fraction)
+
+
+def _part(source: ImageSource, held: np.ndarray, split: Split, val_fraction: float) -> ImageSource:
+    """The images that are held out, or the others."""
     chosen = np.flatnonzero(held if split == "val" else ~held)
     if len(chosen) == 0:
         raise DataError(

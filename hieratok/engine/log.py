@@ -82,10 +82,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """A bar over the part of the run that is done, with images per second and the time left."""
 
-    def __init__(self, total: float, unit: str, initial: float, *, shown: bool) -> None:
+    def __init__(self, total: float, initial: float, *, shown: bool) -> None:
+        """`total` and `initial`: steps, or seconds of a run that the clock ends."""
         interval = 0.5 if sys.stderr.isatty() else 30.0
         layout = "{percentage:3.0f}%|{bar:24}| {desc} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=total, unit=unit, initial=initial, disable=not shown, mininterval=interval,
+        self.bar = tqdm(total=total, initial=initial, disable=not shown, mininterval=interval,
                         bar_format=layout, dynamic_ncols=True, smoothing=0.05)  # fmt: skip
 
     def update(self, done: float, step: int, values: Mapping[str, str]) -> None:

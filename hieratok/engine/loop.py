@@ -130,9 +130,9 @@ class Engine:
     def __enter__(self) -> Engine:
         self.log = RunLog(self.folder, main=self.main, tensorboard=self.config.tensorboard, from_step=self.step)
         limit = self.config.max_minutes
-        total, unit = (limit * 60, "s") if limit else (self.total_steps, "step")
+        total = limit * 60 if limit else self.total_steps
         done = min(self.elapsed if limit else self.step, total)
-        self.progress_bar = Progress(total, unit, done, shown=self.main)
+        self.progress_bar = Progress(total, done, shown=self.main)
         self._begun = time.monotonic()
         self._logged_at = (self.step, self.elapsed)
         return self
@@ -298,13 +298,8 @@ class Engine:
         return tuple(tensor.tolist())
 
     def _record_bad(self) -> None:
-        found = gather_object(self._new_bad)
-        path, self.bad.path = self.bad.path, self.bad.path if self.main else None
-        try:
-            for sample in self.bad.add(found):
-                say(f"bad image replaced: {sample.key}: {sample.reason}", main=self.main)
-        finally:
-            self.bad.path = path
+        for sample in self.bad.add(gather_object(self._new_bad), write=self.main):
+            say(f"bad image replaced: {sample.key}: {sample.reason}", main=self.main)
 
     def _write_metrics(self) -> None:
         assert self.log is not None and self.progress_bar is not None

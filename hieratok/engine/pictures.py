@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ..files import write_atomically
 
 GAP = 6
 CAPTION = 18
@@ -62,7 +65,7 @@ def to_array(image: Tensor) -> np.ndarray:
 def save_picture(image: Image.Image, path: Path) -> Path:
     """Write a PNG, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.tmp.png")
-    image.save(unfinished)
-    unfinished.replace(path)
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    write_atomically(path, data.getvalue())
     return path

@@ -73,6 +73,11 @@ def model_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **(PRESETS[name] if name else {}), **checked}
 
 
+def plain_config(model: HieraTok) -> dict[str, Any]:
+    """The arguments of a model's constructor, without what diffusers adds to them."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
 def create_model(name: str, **changes: Any) -> HieraTok:
     """A freshly initialised model: `create_model("f16d16", latent_channels=8)`.
 

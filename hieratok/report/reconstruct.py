@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..engine.pictures import reconstruction_grid, save_picture, to_array
 from ..engine.run_folder import load_tokenizer
 from ..errors import DataError, NonFiniteError
 from ..models.tokenizer import HieraTok
+from .gallery import psnr
 
 AT_ONCE = 16  # images
 
@@ -75,8 +75,7 @@ def reconstruct(
             name = image.stem if taken[image.stem] == 1 else f"{image.stem}-{taken[image.stem]}"
             save_picture(Image.fromarray(to_array(reconstruction)), Path(separate) / f"{name}.png")
     errors = (pixels.double() - scales[-1].double()).square().mean(dim=(1, 2, 3)).tolist()
-    psnr = [10 * math.log10(255**2 / error) if error else math.inf for error in errors]
-    return path, dict(zip(map(str, images), psnr, strict=True))
+    return path, {str(image): psnr(error / 255**2) for image, error in zip(images, errors, strict=True)}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -17,11 +18,9 @@ from ..config import to_dict
 from ..data.bad import BadSamples
 from ..data.loader import Batch, train_loader
 from ..engine.loop import Engine, make_accelerator
-from ..errors import DataError
 from ..losses import TokenizerLoss
 from ..models.cost import cost_table
-from ..models.presets import build_model
-from .tokenizer import TokenizerRun, describe_device, make_optimizers, plain_config, train_step
+from .tokenizer import TokenizerRun, describe_device, endless, make_engine, make_model, train_step
 
 PATIENCE = 20.0  # seconds that one timed step may take; a longer one is timed on fewer images
 
@@ -72,22 +71,13 @@ def plan(run: TokenizerRun) -> Plan:
     accelerator = make_accelerator(run.train, run.seed)
     unused = Path(tempfile.mkdtemp(prefix="hieratok-dry-run-"))  # should a step go wrong, its record goes there
     size = run.train.micro_batch_size(accelerator.num_processes)
-    model = build_model(run.model).to(accelerator.device)
-    criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
+    model, criterion = make_model(run, accelerator.device)
     train_images, val_images = run.data.open_both()
-    engine = Engine(
-        run.train, unused, accelerator, model, make_optimizers(model, run.train),
-        total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),
-        bad=BadSamples(len(train_images), 1.0),
-    )  # fmt: skip
-    if run.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if run.train.compile:
-        model.compile_repeated_blocks()
+    engine = make_engine(run, unused, accelerator, model, len(train_images), BadSamples(len(train_images), 1.0))
     frame = run.data.frame(model.config.image_size)
-    batch = next(iter(train_loader(train_images, frame, seed=run.seed, batch_size=size)))
-    if not batch.keys:
-        raise DataError(f"the first {size} images of {train_images.name} are all bad, e.g. {batch.bad[0]}")
+    loader = train_loader(train_images, frame, seed=run.seed, batch_size=size)
+    with contextlib.closing(endless(loader)) as batches:
+        batch = next(batches)
     seconds, timed = time_step(engine, criterion, batch)
     shutil.rmtree(unused, ignore_errors=True)
     return Plan(

@@ -34,7 +34,7 @@ from ..errors import ConfigError, DataError
 from ..files import sync, write_atomically
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
-from ..models.presets import build_model, model_fields
+from ..models.presets import build_model, model_fields, plain_config
 from ..models.tokenizer import HieraTok
 
 PICTURED = 8  # held-out images drawn during training
@@ -119,24 +119,16 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     """
     folder = Path(run.output)
     accelerator = make_accelerator(run.train, run.seed)
-    run.train.micro_batch_size(accelerator.num_processes)  # raises before anything is written
-    model = build_model(run.model).to(accelerator.device)
-    criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size).to(accelerator.device)
+    run.train.micro_batch_size(accelerator.num_processes)
+    model, criterion = make_model(run, accelerator.device)  # raises before anything is written
     train_images, val_images = run.data.open_both()
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
             start(folder, to_dict(run), run_facts(run, accelerator, train_images, val_images), resume=resume)
-    engine = Engine(
-        run.train, folder, accelerator, model, make_optimizers(model, run.train),
-        total_steps=run.train.total_steps(len(train_images)), model_config=plain_config(model),
-        bad=BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl"),
-    )  # fmt: skip
+    bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
+    engine = make_engine(run, folder, accelerator, model, len(train_images), bad)
     if resume:
         engine.restore()
-    if run.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if run.train.compile:
-        model.compile_repeated_blocks()
     frame = run.data.frame(model.config.image_size)
     loader = train_loader(
         train_images, frame, seed=run.seed, batch_size=run.train.batch_size, accumulation=run.train.accumulation,
@@ -167,6 +159,32 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         if evaluator is not None:
             judge(engine, evaluator, val_images, run, final=True)
     return folder
+
+
+def make_model(run: TokenizerRun, device: torch.device) -> tuple[HieraTok, TokenizerLoss]:
+    """The network and its criterion.
+
+    Raises:
+        ConfigError: values do not fit together.
+    """
+    model = build_model(run.model)
+    criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size)
+    return model.to(device), criterion.to(device)  # type: ignore[arg-type]
+
+
+def make_engine(
+    run: TokenizerRun, folder: Path, accelerator: Accelerator, model: HieraTok, num_images: int, bad: BadSamples
+) -> Engine:
+    """The engine of a run on `num_images` training images, at step 0."""
+    engine = Engine(
+        run.train, folder, accelerator, model, make_optimizers(model, run.train),
+        total_steps=run.train.total_steps(num_images), model_config=plain_config(model), bad=bad,
+    )  # fmt: skip
+    if run.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if run.train.compile:
+        model.compile_repeated_blocks()
+    return engine
 
 
 def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch]) -> None:
@@ -316,11 +334,6 @@ def measure_latents(
     values = torch.cat(latents)
     mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3))
     return mean.tolist(), std.tolist(), float(values.std())
-
-
-def plain_config(model: HieraTok) -> dict[str, Any]:
-    """The arguments of the model's constructor, without what diffusers adds to them."""
-    return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 
 def run_facts(

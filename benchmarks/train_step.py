@@ -15,10 +15,11 @@ import torch
 from hieratok.config import load_recipe
 from hieratok.data.decode import to_float
 from hieratok.data.loader import train_loader
+from hieratok.engine.optimizers import make_optimizers
 from hieratok.losses import TokenizerLoss
 from hieratok.models.cost import cost
 from hieratok.models.presets import build_model
-from hieratok.training.tokenizer import TokenizerRun, make_optimizers
+from hieratok.training.tokenizer import TokenizerRun
 
 
 def seconds_of(call: Callable[[], object], turns: int) -> float:

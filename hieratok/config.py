@@ -75,6 +75,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("_"))
 
 
+def recipe_kind(name_or_path: str | Path) -> str:
+    """`"generator"` or `"tokenizer"`: what a recipe trains. That of a generator names a tokenizer."""
+    return "generator" if "tokenizer" in load_recipe(name_or_path) else "tokenizer"
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`: mappings merge key by key, everything else is replaced.
 

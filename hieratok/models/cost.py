@@ -1,4 +1,4 @@
-"""What a tokenizer costs: parameters, floating-point operations and tokens, beside Table 7 of the paper.
+"""What a tokenizer or a generator costs: parameters, operations and tokens, beside Tables 6 and 7 of the paper.
 
 Operations are counted by PyTorch's own counter on tensors without storage (the meta device), so that the paper's
 models are counted in a second on any machine. One multiplication and one addition count as two operations.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .presets import build_model
+from .presets import build_dit, build_model
 
 # Table 7: millions of parameters, GFLOPs, encoder tokens, decoder tokens
 TABLE_7 = {
@@ -88,6 +88,37 @@ def cost_rows(models: Mapping[str, Mapping[str, Any] | str]) -> list[list[str]]:
     for name, (parameters, gflops, encoder_tokens, decoder_tokens) in TABLE_7.items():
         rows.append([name, f"{parameters:.2f}M", f"{gflops:.2f}", str(encoder_tokens), str(decoder_tokens)])
     return rows
+
+
+# Table 6: millions of parameters
+TABLE_6 = {"paper, DiT-XL": 675, "paper, DiT-L": 458, "paper, DiT-B": 130}
+
+
+def dit_cost(model: Mapping[str, Any] | str) -> tuple[int, int, int]:
+    """(parameters, operations of one forward pass of one latent, tokens) of a generator's preset or `model` section.
+
+    Raises:
+        ConfigError: no such preset or field.
+    """
+    values = {"preset": model} if isinstance(model, str) else dict(model)
+    with torch.device("meta"):
+        network = build_dit({**values, "attention_backend": "prefix"}).eval()
+        side = network.config.sample_size
+        latents = torch.empty(1, network.config.in_channels, side, side)
+        inputs = (latents, torch.empty(1), torch.empty(1, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    return sum(p.numel() for p in network.parameters()), counter.get_total_flops(), network.layout.num_tokens
+
+
+def dit_cost_table(models: Mapping[str, Mapping[str, Any] | str]) -> str:
+    """A header, one row per named generator, and the parameters of Table 6, as aligned text."""
+    rows = [["generator", "parameters", "GFLOPs per step", "tokens"]]
+    for name, model in models.items():
+        parameters, flops, tokens = dit_cost(model)
+        rows.append([name, f"{parameters / 1e6:.2f}M", f"{flops / 1e9:.2f}", str(tokens)])
+    rows += [[name, f"{millions}M", "", ""] for name, millions in TABLE_6.items()]
+    return format_rows(rows)
 
 
 def format_rows(rows: Sequence[Sequence[str]]) -> str:

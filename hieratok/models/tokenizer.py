@@ -24,8 +24,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import CheckpointError
 from .downsample import DOWNSAMPLERS
+from .latent_statistics import LatentStatistics
+from .loading import SafeLoading
 from .scales import ATTENTION_PATTERNS, ScaleLayout
 from .transformer import Transformer
 
@@ -143,7 +144,7 @@ def in_weight_precision(linear: nn.Linear, x: Tensor) -> Tensor:
         return linear(x)
 
 
-class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
+class HieraTok(SafeLoading, LatentStatistics, ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
     """The multi-scale tokenizer; with `scales` of one side it is the single-scale baseline.
 
     It follows diffusers' conventions for an autoencoder with a KL bottleneck, so it loads through
@@ -317,42 +318,6 @@ class HieraTok(ModelMixin, ConfigMixin, AutoencoderMixin):  # type: ignore[misc]
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         decoded = self.decode(latents, generator=generator)
         return HieraTokOutput(sample=decoded.sample, scales=decoded.scales, posterior=posterior, latents=latents)
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents `(B, d, h, w)` with zero mean and unit deviation per channel, by the statistics in the config."""
-        mean, std = self._latent_statistics(latents)
-        return (latents - mean) / std
-
-    def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize_latents`: what `decode` expects."""
-        mean, std = self._latent_statistics(latents)
-        return latents * std + mean
-
-    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.latents_mean is None or self.config.latents_std is None:
-            raise ValueError("this model has no latents_mean and latents_std; training stores them at its end")
-        mean, std = (
-            latents.new_tensor(v).view(1, -1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std)
-        )
-        return mean, std
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load from a folder or hub id as diffusers does, but safetensors only, with every weight accounted for.
-
-        Raises:
-            CheckpointError: weights are missing or left over.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(  # type: ignore[misc,attr-defined]
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
-        wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-        if wrong:
-            listed = "; ".join(f"{key.replace('_', ' ')}: {list(names)[:5]}" for key, names in wrong.items())
-            raise CheckpointError(f"{pretrained_model_name_or_path} does not hold this model's weights: {listed}")
-        return (model, info) if wants_info else model
 
 
 # Saved pipelines name a class by its module; the package's own name outlives any move of this file.

@@ -14,12 +14,12 @@ from .scales import ScaleLayout
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between (`approximate`: as `nn.GELU` has it)."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float, bias: bool) -> None:
+    def __init__(self, hidden_size: int, mlp_ratio: float, bias: bool, approximate: str = "none") -> None:
         super().__init__()
         self.up = nn.Linear(hidden_size, int(hidden_size * mlp_ratio), bias=bias)
-        self.act = nn.GELU()
+        self.act = nn.GELU(approximate)
         self.down = nn.Linear(int(hidden_size * mlp_ratio), hidden_size, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import hieratok
 
 PACKAGE = Path(hieratok.__file__).parent
 # A room may import what stands to the right of it on its own line, or anything on the lines below; never above.
-ORDER = [["__main__"], ["cli"], ["quickstart"], ["report"], ["training", "evaluation"], ["engine"], ["losses", "data"],
-         ["models"], ["config"], ["files"], ["errors"]]  # fmt: skip
+ORDER = [["__main__"], ["cli"], ["quickstart"], ["testbed", "report"], ["training", "generation", "evaluation"],
+         ["engine"], ["losses", "data"], ["models"], ["config"], ["files"], ["errors"]]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

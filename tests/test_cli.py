@@ -23,7 +23,8 @@ TINY = [
 
 COMMANDS = [
     [], ["quickstart"], ["train"], ["train", "tokenizer"], ["reconstruct"], ["encode"], ["evaluate"],
-    ["evaluate", "reconstruction"], ["report"], ["cost"], ["presets"],
+    ["evaluate", "reconstruction"], ["evaluate", "generation"], ["train", "generator"], ["sample"], ["compare"],
+    ["report"], ["cost"], ["presets"],
 ]  # fmt: skip
 
 

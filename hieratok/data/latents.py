@@ -1,55 +1,58 @@
 """A data set as latents on disk: encoded once, read by generators and analyses.
 
 A folder holds `job.json` (what is encoded, and how), shards `latents-00000.safetensors` (`latents` float32
-`(N, d, h, w)` as `HieraTok.encode` gives them, `labels` and `indices` int64 `(N,)`) and, once all are there,
-`manifest.json`.
+`(N, 2d, h, w)`, mean and log-variance as the tokenizer gives them, `latents_flipped` those of the mirrored images,
+`labels` and `indices` int64 `(N,)`) and, once all are there, `manifest.json`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import bisect
 import json
 import math
 import os
+import random
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..config import suggest
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..files import sha256_of, write_atomically
+from ..models.autoencoder import Autoencoder, as_autoencoder, sample_moments
 from ..models.presets import plain_config
-from ..models.tokenizer import HieraTok
+from .bad import BadSample
 from .decode import to_float
 from .frame import Frame
-from .loader import Batch, eval_loader
-from .source import ImageSource
+from .jobs import JOB, MANIFEST, claim_folder
+from .loader import Batch, eval_loader, seeded_loader
+from .order import MicroBatches, sample_seed
+from .source import ImageSource, spread
 
 LatentPosterior = Literal["mode", "sample", "moments"]
 
 VERSION = 1
-JOB = "job.json"
-MANIFEST = "manifest.json"
-UNFINISHED = (f".{JOB}.*.tmp", f".{MANIFEST}.*.tmp", ".latents-*.tmp")  # what a broken run leaves
+MEASURED = 2000  # images whose latents give statistics that hold for the set
+UNFINISHED = ".latents-*.tmp"  # what a broken run leaves of a shard
 
 
 def encode(
-    model: HieraTok,
+    model: Autoencoder | ModelMixin,
     source: ImageSource,
     output: str | Path,
     *,
     batch_size: int = 64,
     shard_size: int = 10_000,
-    posterior: LatentPosterior = "mode",
-    flip: bool = False,
+    posterior: LatentPosterior = "moments",
+    flip: bool = True,
     num_workers: int = 0,
     device: torch.device | str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -65,13 +68,15 @@ def encode(
     manifest. Bad images are left out; `indices` say which image a latent is of.
 
     Args:
-        model: the tokenizer; it comes back in the mode (training or evaluation) in which it came.
+        model: the tokenizer, HieraTok or an autoencoder of diffusers; it comes back in the mode (training or
+            evaluation) in which it came.
         source: the images.
         output: a folder that is new, empty, or an unfinished one of the same job.
         batch_size: images at once.
         shard_size: images per file.
-        posterior: "mode", "sample" (noise by `seed` and image), or "moments": mean and log-variance of the posterior
-            as `(N, 2d, h, w)`, from which every epoch can draw its own sample.
+        posterior: "moments", mean and log-variance of the posterior as `(N, 2d, h, w)`, from which every epoch can
+            draw its own sample; or "mode", or one "sample" (noise by `seed` and image), `(N, d, h, w)`. A tokenizer
+            without a posterior has its latents stored, as "mode".
         flip: also store `latents_flipped`, those of the mirrored images.
         num_workers: processes that decode images.
         device: None is where the model is. The model is moved there.
@@ -99,17 +104,24 @@ def encode(
         raise ConfigError(f"precision '{precision}'{suggest(str(precision), ('fp32', 'bf16'))}")
     if shard_size < 1:
         raise ConfigError(f"shard_size must be at least 1, got {shard_size}")
-    frame = frame or Frame(int(model.config.image_size))
-    if frame.image_size != model.config.image_size:
-        raise ConfigError(f"frame.image_size is {frame.image_size}, the model's {model.config.image_size}")
+    tokenizer = as_autoencoder(model)
+    frame = frame or Frame(tokenizer.image_size)
+    if frame.image_size != tokenizer.image_size:
+        raise ConfigError(f"frame.image_size is {frame.image_size}, the model's {tokenizer.image_size}")
+    if tokenizer.deterministic:
+        posterior = "mode"
     total = len(source) if limit is None else min(limit, len(source))
     if total < 1:
         raise DataError(f"{source.name} holds no images to encode (limit={limit})")
     output = Path(output)
     job = {
         "version": VERSION,
-        "model": {"config": plain_config(model), "sha256": state_sha256(model)},
-        "source": {"name": source.name, "digest": source.digest},
+        "model": {
+            "class": tokenizer.name,
+            "config": plain_config(tokenizer.model),
+            "sha256": tokenizer.state_sha256(),
+        },
+        "source": {"name": source.name, "digest": source.digest, "licence": source.licence},
         "classes": list(source.classes),
         "crop": frame.crop,
         "background": frame.background,
@@ -120,13 +132,15 @@ def encode(
         "seed": seed,
         "precision": precision,
     }
-    _open_folder(output, job)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("encode works as one process; start it without torchrun or accelerate launch")
+    claim_folder(output, job, "an encoding", UNFINISHED)
     if (output / MANIFEST).is_file():
         return read_manifest(output)
 
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    was_training = model.training
-    model.to(device).eval()  # type: ignore[arg-type]
+    device = torch.device(device) if device is not None else tokenizer.device
+    was_training = tokenizer.model.training
+    tokenizer.model.to(device).eval()
     shards: list[dict[str, Any]] = []
     statistics = _Statistics(posterior)
     bad, reason = 0, ""
@@ -145,7 +159,7 @@ def encode(
                 for batch in batches:
                     for sample in batch.bad:
                         reason = f"; the last one is {sample.key}: {sample.reason}"
-                    rows.append(_encode_batch(model, batch, posterior, flip, precision, device))
+                    rows.append(_encode_batch(tokenizer, batch, posterior, flip, precision, device))
                     bar.update(len(batch.indices))
                 _write_shard(path, rows)
             # Read back what is on the disk, so that new and resumed shards are counted in one way.
@@ -158,7 +172,7 @@ def encode(
                 )
     finally:
         bar.close()
-        model.train(was_training)
+        tokenizer.model.train(was_training)
     manifest = {**job, "count": sum(s["count"] for s in shards), "shards": shards, **statistics.result()}
     write_atomically(output / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
@@ -223,7 +237,7 @@ class LatentsDataset(Dataset):
         if flipped and not self.manifest["flip"]:
             raise DataError(f"{self.path} has no latents of mirrored images; encode with flip=true")
         index %= len(self)
-        number = next(n for n, end in enumerate(self._starts[1:]) if index < end)
+        number = bisect.bisect_right(self._starts, index) - 1
         if number not in self._open:
             self._open[number] = _open_shard(self.path / self.manifest["shards"][number]["file"])
         row = index - self._starts[number]
@@ -232,6 +246,61 @@ class LatentsDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each worker opens its own
+
+
+class LatentBatch(NamedTuple):
+    """What a generator trains on: `latents` float32 `(B, 2d, h, w)`, mean and log-variance, or `(B, d, h, w)`, and
+    `labels`, `keys`, `seeds` and `bad` as a `Batch` of images has them."""
+
+    latents: Tensor
+    labels: Tensor
+    keys: list[str]
+    seeds: list[int]
+    bad: list[BadSample]
+
+
+class _LatentSamples(Dataset):
+    """What the loader does for the (epoch, index) pairs of a batch; half of the latents are of mirrored images."""
+
+    def __init__(self, latents: LatentsDataset, seed: int) -> None:
+        self.latents, self.seed = latents, seed
+
+    def __getitems__(self, positions: list[tuple[int, int]]) -> LatentBatch:
+        seeds = [sample_seed(self.seed, epoch, index) for epoch, index in positions]
+        both = bool(self.latents.manifest["flip"])
+        items = [
+            self.latents.item(index, flipped=both and random.Random(seed).random() < 0.5)
+            for (_, index), seed in zip(positions, seeds, strict=True)
+        ]
+        return LatentBatch(
+            torch.stack([latents for latents, _ in items]),
+            torch.tensor([label for _, label in items], dtype=torch.int64),
+            [f"image {int(self.latents.indices[index])} of {self.latents.path}" for _, index in positions],
+            seeds,
+            [],
+        )
+
+
+def _as_it_is(batch: LatentBatch) -> LatentBatch:
+    return batch
+
+
+def latent_loader(
+    latents: LatentsDataset,
+    *,
+    seed: int,
+    batch_size: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    num_workers: int = 0,
+) -> DataLoader[LatentBatch]:
+    """This process's micro-batches from position `start` of the stream on, without end, as `train_loader` has them."""
+    batches = MicroBatches(
+        len(latents), seed, batch_size, accumulation=accumulation, rank=rank, world_size=world_size, start=start
+    )
+    return seeded_loader(_LatentSamples(latents, seed), batches, num_workers, _as_it_is)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -254,27 +323,23 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def state_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of a model's state, as hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
 def _encode_batch(
-    model: HieraTok, batch: Batch, posterior: str, flip: bool, precision: str, device: torch.device
+    model: Autoencoder, batch: Batch, posterior: str, flip: bool, precision: str, device: torch.device
 ) -> dict[str, Tensor]:
     images = to_float(batch.images.to(device))
-    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     rows = {"labels": batch.labels, "indices": batch.indices}
     views = {"latents": images, "latents_flipped": images.flip(3)} if flip else {"latents": images}
+    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     for name, pixels in views.items():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            distribution = model.encode(pixels).latent_dist
-        latents = _take(distribution, posterior, generators).float().cpu()
+            latents = model.encode(pixels)
+        if posterior == "mode":
+            latents = model.mode(latents)
+        elif posterior == "sample":
+            noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+            latents = sample_moments(latents, noise.to(device))
+        latents = latents.cpu()
         if not torch.isfinite(latents).all():
             raise NonFiniteError(
                 f"a latent is NaN or infinite, in a batch with {batch.keys[0]}; use precision=fp32 or another model"
@@ -283,10 +348,21 @@ def _encode_batch(
     return rows
 
 
-def _take(distribution: DiagonalGaussianDistribution, posterior: str, generators: list[torch.Generator]) -> Tensor:
-    if posterior == "moments":
-        return torch.cat([distribution.mean, distribution.logvar], dim=1)
-    return distribution.sample(generators) if posterior == "sample" else distribution.mode()  # type: ignore[arg-type]
+@torch.no_grad()
+def measure_latents(
+    model: Autoencoder | ModelMixin, images: ImageSource, frame: Frame, seed: int, batch_size: int = 64
+) -> dict[str, Any]:
+    """`mean`, `std` and `scaling_factor`, as a manifest has them, of up to 2,000 images spread over a set.
+
+    They are what a generator's latents are normalised by (docs/paper.md).
+    """
+    tokenizer = as_autoencoder(model)
+    statistics = _Statistics("mode" if tokenizer.deterministic else "moments")
+    for batch in eval_loader(
+        spread(images, MEASURED), frame.image_size, batch_size, frame=frame, seed=seed, max_bad_fraction=1.0
+    ):
+        statistics.add(tokenizer.encode(to_float(batch.images.to(tokenizer.device))).double().cpu())
+    return statistics.result()
 
 
 class _Statistics:
@@ -306,10 +382,11 @@ class _Statistics:
             raise DataError(f"{path} is damaged ({error}); delete it and run again") from error
         for name in ("latents", "latents_flipped"):
             if name in tensors:
-                self._add(tensors[name].double())
+                self.add(tensors[name].double())
         return len(tensors["labels"])
 
-    def _add(self, latents: Tensor) -> None:
+    def add(self, latents: Tensor) -> None:
+        """Add latents, or moments, of a batch, in float64."""
         self.shape = tuple(latents.shape[1:])
         variance: Tensor | float = 0.0
         if self.posterior == "moments":
@@ -329,32 +406,6 @@ class _Statistics:
             "std": std.tolist(),
             "scaling_factor": 1 / global_std if global_std else 1.0,
         }
-
-
-def _open_folder(output: Path, job: dict[str, Any]) -> None:
-    """Claim a new folder for a job, or check that it is this job's."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("encode works as one process; start it without torchrun or accelerate launch")
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / JOB).is_file():
-        try:
-            known = json.loads((output / JOB).read_text())
-        except ValueError as error:
-            raise ConfigError(f"{output / JOB} is damaged ({error}); give another output folder") from error
-        # Through JSON, as the file was: tuples are lists there.
-        differing = [key for key, value in json.loads(json.dumps(job)).items() if known.get(key) != value]
-        if differing:
-            raise ConfigError(
-                f"{output} holds an encoding with another {', '.join(differing)}; give another output folder, "
-                f"or delete this one"
-            )
-    elif set(output.iterdir()) - set(output.glob(UNFINISHED[0])):
-        raise ConfigError(f"{output} is not empty and holds no encoding; give a new output folder")
-    else:
-        write_atomically(output / JOB, (json.dumps(job, indent=2) + "\n").encode())
-    for pattern in UNFINISHED:
-        for leftover in output.glob(pattern):
-            leftover.unlink()
 
 
 def _write_shard(path: Path, rows: list[dict[str, Tensor]]) -> None:

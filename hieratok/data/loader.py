@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from typing import Any, NamedTuple
@@ -129,7 +129,7 @@ def train_loader(
     batches = MicroBatches(
         len(source), seed, batch_size, accumulation=accumulation, rank=rank, world_size=world_size, start=start
     )
-    return _loader(_Samples(source, frame, seed, training=True), batches, num_workers)
+    return seeded_loader(_Samples(source, frame, seed, training=True), batches, num_workers, _collate)
 
 
 def eval_loader(
@@ -159,20 +159,41 @@ def eval_loader(
     indices = range(start + rank, length, world_size)
     batches = [[(0, i) for i in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
     bad = BadSamples(length, max_bad_fraction if world_size == 1 else 1.0)
-    for batch in _loader(_Samples(source, frame, seed, training=False), batches, num_workers):
+    for batch in seeded_loader(_Samples(source, frame, seed, training=False), batches, num_workers, _collate):
         bad.add(batch.bad)
         if len(batch.indices):
             yield batch
 
 
-def _loader(samples: _Samples, batches: Any, num_workers: int) -> DataLoader[Batch]:
+def endless(loader: Any) -> Generator[Any, None, None]:
+    """The batches of a training loader; closing it ends its workers.
+
+    Raises:
+        DataError: a batch without a single usable image.
+    """
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if not batch.keys:
+                last = batch.bad[-1]
+                raise DataError(f"not one image of a whole batch could be used, nor any other in its place; the last "
+                                f"one is {last.key}: {last.reason}")  # fmt: skip
+            yield batch
+    finally:
+        shutdown = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def seeded_loader(samples: Dataset, batches: Any, num_workers: int, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+    """A loader whose order is that of `batches`, whatever the number of workers."""
     # More workers than cores only take turns; the sampler's order makes the number immaterial to the result.
     num_workers = min(num_workers, os.cpu_count() or 1)
     return DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_prepare_worker,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),

@@ -24,7 +24,8 @@ Split = Literal["train", "val", "all"]
 class DataConfig:
     """The images of a run.
 
-    `source`: `openmoji`, an image folder, or Parquet or tar files (a file, a folder of them, or a pattern).
+    `source`: `openmoji`, an image folder, Parquet or tar files (a file, a folder of them, or a pattern), an `.npz` file
+    of images (`arr_0`, see `data/arrays.py`), or a folder of generated images.
     `val_source`: the held-out images; None keeps `val_fraction` of the source apart, chosen by a hash of each image's
     name, so that it stays the same whatever else is in the set.
     """
@@ -128,12 +129,14 @@ def _open(spec: str) -> ImageSource:
             if shards:
                 return _open_shards(shards, spec)
         from .folder import FolderSource
+        from .samples import ShardedSamples, holds_samples
 
-        return FolderSource(path)
+        return ShardedSamples(path) if holds_samples(path) else FolderSource(path)
     shards = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(os.path.expanduser(spec)))
     if not shards:
         raise DataError(
-            f"no images at '{spec}': it is neither 'openmoji' nor a folder, nor a .parquet or .tar file or pattern"
+            f"no images at '{spec}': it is neither 'openmoji' nor a folder, nor a .parquet, .tar or .npz file, nor a "
+            f"pattern of them"
         )
     return _open_shards(shards, spec)
 
@@ -148,10 +151,14 @@ def _open_shards(paths: Sequence[Path], name: str) -> ImageSource:
         from .tar import TarSource
 
         return TarSource(paths, name)
+    if suffixes == {".npz"} and len(paths) == 1:
+        from .arrays import read_npz
+
+        return read_npz(paths[0])
     kinds = ", ".join(sorted(suffix or "none" for suffix in suffixes))
     raise DataError(
         f"'{name}' means files with the suffix {kinds}; give 'openmoji', a folder of images, or .parquet or "
-        f"uncompressed .tar files of one kind"
+        f"uncompressed .tar files of one kind, or one .npz file"
     )
 
 

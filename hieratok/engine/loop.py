@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ..data.bad import BadSamples
-from ..data.loader import Batch
+from ..data.bad import BadSample, BadSamples
+from ..data.source import ImageSource
 from ..errors import CheckpointError, ConfigError, NonFiniteError
+from ..files import write_atomically
+from ..models.presets import plain_config
 from . import checkpoint
 from .ema import EMA
 from .guards import SignalGuard, Stopped, refuse_non_finite
 from .log import Progress, RunLog, say
-from .run_folder import CHECKPOINTS
+from .optimizers import make_optimizers
+from .run_folder import CHECKPOINTS, EVALUATION
 from .schedule import warmup_cosine
 from .settings import TrainConfig
 
 MOST_OVERFLOWS = 30  # in a row: halving fp16's loss scale that often leaves nothing of it
+B = TypeVar("B")
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +51,61 @@ def make_accelerator(config: TrainConfig, seed: int) -> Accelerator:
         raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
     set_seed(seed)
     return accelerator
+
+
+class Samples(Protocol):
+    """What the engine knows of a batch: the names of its samples, and those that could not be used."""
+
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def bad(self) -> list[BadSample]: ...
+
+
+class Judgement(Protocol):
+    """What an evaluator finds."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def make_engine(
+    config: TrainConfig, folder: Path, accelerator: Accelerator, model: ModelMixin, num_samples: int, bad: BadSamples
+) -> Engine:
+    """The engine of a run on `num_samples` training samples, at step 0."""
+    engine = Engine(
+        config, folder, accelerator, model, make_optimizers(model, config),
+        total_steps=config.total_steps(num_samples), model_config=plain_config(model), bad=bad,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.compile:
+        model.compile_repeated_blocks()
+    return engine
+
+
+def run_facts(seed: int, accelerator: Accelerator) -> dict[str, Any]:
+    """What `run.json` says of any run beside its configuration and data."""
+    device = describe_device(accelerator.device)
+    return {"seed": seed, "world_size": accelerator.num_processes, "device": device}
+
+
+def data_facts(images: ImageSource) -> dict[str, Any]:
+    """What `run.json` says of the images."""
+    return {"name": images.name, "digest": images.digest, "num_train": len(images), "licence": images.licence}
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
 
 
 class Engine:
@@ -158,6 +220,22 @@ class Engine:
     def finished(self) -> bool:
         return self.progress >= 1
 
+    def run(
+        self, batches: Generator[B, None, None], step: Callable[[Iterator[B]], None], look: Callable[[], None]
+    ) -> None:
+        """Take steps until the end of the run, each followed by its bookkeeping and a `look` at what is due.
+
+        Raises:
+            Stopped: by a signal, after a checkpoint.
+        """
+        if self.step and not self.finished:  # what was due at this step may have been cut off
+            look()
+        with self.signals, contextlib.closing(batches):
+            while not self.finished:
+                step(batches)
+                self.end_step()
+                look()
+
     # One step
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -169,7 +247,7 @@ class Engine:
         """Processes exchange gradients only with the last micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(self.forward)
 
-    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Batch) -> None:
+    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Samples) -> None:
         """Add a micro-batch's gradients, and remember what it was."""
         self._keys += batch.keys
         self._new_bad += [b for b in batch.bad if b.index not in self.bad.seen]
@@ -251,6 +329,16 @@ class Engine:
     def averaged(self) -> AbstractContextManager[None]:
         """The model holds the EMA weights inside the block."""
         return nullcontext() if self.ema is None else self.ema.applied(self.model)
+
+    def judge(self, evaluate: Callable[[], Judgement], *, final: bool = False) -> None:
+        """Evaluate the EMA weights; log the metrics, and at the end keep them in `eval.json`."""
+        with self.averaged():
+            found = evaluate()
+        if self.main and final:
+            write_atomically(self.folder / EVALUATION, json.dumps(found.to_dict(), indent=1).encode())
+        if self.main and self.log is not None:
+            self.log.metrics("eval", self.step, {**found.metrics, "samples_seen": self.samples_seen,
+                                                 "elapsed": round(self.elapsed, 3)})  # fmt: skip
 
     def save(self) -> None:
         """Write a checkpoint of this step; all processes wait for it.

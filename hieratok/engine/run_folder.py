@@ -5,27 +5,37 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import yaml
+from torch import nn
 
 from ..config import build, load_recipe
 from ..data.opening import DataConfig
 from ..errors import CheckpointError, ConfigError, HieratokError
-from ..files import write_atomically
+from ..files import sync, write_atomically
+from ..models.autoencoder import Autoencoder
 from ..models.tokenizer import HieraTok
 from . import checkpoint
 
+M = TypeVar("M", bound=nn.Module)
+
 RUN, CONFIG, MODEL, CHECKPOINTS = "run.json", "config.yaml", "model", "checkpoints"
+EVALUATION, PICTURES, PIPELINE = "eval.json", "pictures", "pipeline"  # the last in a generator's run only
+GENERATOR = "generator"  # the run of a generator on a tokenizer's latents, within the tokenizer's own
 
 # Changing one of these makes another run; all else may change when a run goes on.
 FIXED = (
     "model",
+    "tokenizer",
+    "latents",
+    "normalization",
     "data",
     "seed",
     "loss",
@@ -34,6 +44,12 @@ FIXED = (
     "train.optimizer",
 )
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.max_val_images")
+
+
+class Saveable(Protocol):
+    """A model or pipeline of diffusers' kind."""
+
+    def save_pretrained(self, path: Path) -> Any: ...
 
 
 def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, resume: bool) -> None:
@@ -56,7 +72,7 @@ def start(folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any], *, 
             raise ConfigError(
                 f"{folder} already holds a run; go on with it by --resume, or name another folder with output=FOLDER"
             )
-        known = json.loads(record.read_text())
+        known = read_record(folder)
         refuse_changes(known["config"], config, known["data"], facts["data"], folder)
         values |= {"started": known["started"], "command": known["command"], "resumed": values["started"]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +127,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {RUN}; give the folder that a training wrote")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
 def run_data(folder: str | Path) -> DataConfig:
     """The `data` section of a run.
 
@@ -121,6 +152,40 @@ def run_data(folder: str | Path) -> DataConfig:
     if not path.is_file():
         raise ConfigError(f"{folder} is not the folder of a run (there is no {CONFIG} in it); name the images yourself")
     return build(DataConfig, load_recipe(path.resolve()).get("data", {}), "data")
+
+
+def load_autoencoder(path: str | Path, image_size: int | None = None) -> Autoencoder:
+    """Any tokenizer, in evaluation mode: what `load_tokenizer` takes, or an autoencoder of diffusers.
+
+    Args:
+        path: a folder, or the id of an autoencoder on the hub, of which safetensors are downloaded.
+        image_size: side of the images in pixels; None is what the model's config says.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+        ConfigError: an autoencoder of unknown image size, or no autoencoder.
+    """
+    folder = Path(path)
+    config = folder / "config.json"
+    if folder.is_dir() and (not config.is_file() or _class_name(config) in (None, HieraTok.__name__)):
+        return Autoencoder(load_tokenizer(folder), image_size)
+    from diffusers.models.auto_model import AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(str(path), use_safetensors=True)
+    except Exception as error:  # of diffusers, safetensors, the hub and the network
+        raise CheckpointError(
+            f"no autoencoder could be loaded from '{path}': give the folder of a tokenizer's run or of a saved model, "
+            f"or the hub id of an autoencoder of diffusers ({error})"
+        ) from error
+    return Autoencoder(model.eval(), image_size)
+
+
+def _class_name(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from error
 
 
 def load_tokenizer(path: str | Path) -> HieraTok:
@@ -151,13 +216,26 @@ def load_tokenizer(path: str | Path) -> HieraTok:
     return from_checkpoint(newest)
 
 
-def from_checkpoint(saved: checkpoint.Checkpoint) -> HieraTok:
+def save_model(model: Saveable, path: Path) -> None:
+    """`save_pretrained` under another name, then renamed: whoever reads `path` meets a whole model or none."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    for file in unfinished.rglob("*"):
+        sync(file)
+    shutil.rmtree(path, ignore_errors=True)  # checkpoints hold the model until the next line
+    unfinished.rename(path)
+    sync(path.parent)
+
+
+def from_checkpoint(saved: checkpoint.Checkpoint, model_class: Callable[..., M] = HieraTok) -> M:  # type: ignore[assignment]
     """The model of a checkpoint with its averaged weights, where it has them."""
     try:
-        model = HieraTok(**saved.state["model"])
+        model = model_class(**saved.state["model"])
         model.load_state_dict(saved.tensors["model"])
         if "ema" in saved.tensors:
             model.load_state_dict(saved.tensors["ema"], strict=False)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{saved.path} does not hold a tokenizer: {error}") from error
+        name = getattr(model_class, "__name__", "model")
+        raise CheckpointError(f"{saved.path} does not hold a {name}: {error}") from error
     return model.eval()

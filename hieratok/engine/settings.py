@@ -1,15 +1,16 @@
-"""The `train` section of a recipe."""
+"""The `train` and `sampling` sections of a recipe."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Optimizer = Literal["adamw", "muon"]
+LabelOrder = Literal["random", "balanced", "data"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,38 @@ class TrainConfig:
                 f"x {world_size} processes"
             )
         return self.batch_size // parts
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a generator draws images.
+
+    `scheduler` and `num_inference_steps`: None is the objective's own (250 steps of DDPM, 50 of flow-matching Euler).
+    `guidance_scale`: 1 is none, as figures are usually given; `picture_guidance_scale`: that of pictures, which the
+    paper draws with 4.2. `guidance_interval`: the times, 0 (clean) to 1 (noise), between which guidance acts.
+    """
+
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float = 1.0
+    picture_guidance_scale: float = 4.2
+    guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the networks; latents and steps are fp32
+    batch_size: int = 64
+
+    def for_pictures(self) -> SamplingConfig:
+        """The same, guided as pictures are."""
+        return replace(self, guidance_scale=self.picture_guidance_scale)
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"sampling.{name} is {value}; it must be above 0")
+        for name in ("guidance_scale", "picture_guidance_scale"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"sampling.{name} is {value}; it must be 0 or above, and finite")
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ConfigError(f"sampling.guidance_interval is {list(interval)}; give two ascending times in [0, 1]")

@@ -6,39 +6,36 @@ A step is `train_step`; what surrounds it (clock, guards, checkpoints, logs) is 
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import build, to_dict
 from ..data.bad import BadSamples
 from ..data.decode import BadImage, to_float, to_uint8
 from ..data.frame import Frame
-from ..data.loader import Batch, eval_loader, train_loader
+from ..data.latents import measure_latents
+from ..data.loader import Batch, endless, train_loader
 from ..data.opening import DataConfig
-from ..data.source import ImageSource, spread
+from ..data.source import ImageSource
 from ..engine.log import say
-from ..engine.loop import Engine, make_accelerator
+from ..engine.loop import Engine, Judgement, data_facts, describe_device, make_accelerator, make_engine, run_facts
 from ..engine.pictures import reconstruction_grid, save_picture
-from ..engine.run_folder import MODEL, start
+from ..engine.run_folder import MODEL, save_model, start
 from ..engine.settings import TrainConfig
-from ..errors import ConfigError, DataError
-from ..files import sync, write_atomically
+from ..errors import ConfigError
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
-from ..models.presets import build_model, model_fields, plain_config
+from ..models.presets import build_model, model_fields
 from ..models.tokenizer import HieraTok
 
 PICTURED = 8  # held-out images drawn during training
-MEASURED = 2000  # training images on which the latents' statistics are measured
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,6 @@ class TokenizerRun:
         return run
 
 
-class Judgement(Protocol):
-    """What an evaluator finds."""
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 # Judges a model on held-out images; given by the caller, so that training does not depend on evaluation.
 Evaluator = Callable[[HieraTok, ImageSource, TokenizerRun, Accelerator], Judgement]
 
@@ -124,9 +112,10 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     train_images, val_images = run.data.open_both()
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
-            start(folder, to_dict(run), run_facts(run, accelerator, train_images, val_images), resume=resume)
+            facts = {"data": {**data_facts(train_images), "num_val": len(val_images)}}
+            start(folder, to_dict(run), {**run_facts(run.seed, accelerator), **facts}, resume=resume)
     bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
-    engine = make_engine(run, folder, accelerator, model, len(train_images), bad)
+    engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
     if resume:
         engine.restore()
     frame = run.data.frame(model.config.image_size)
@@ -145,19 +134,13 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         if engine.due(run.train.picture_every):
             draw(engine, pictured)
         if evaluator is not None and engine.due(run.eval.every) and not engine.finished:
-            judge(engine, evaluator, val_images, run)
+            engine.judge(lambda: evaluator(model, val_images, run, accelerator))
 
     with engine:
-        if engine.step and not engine.finished:  # what was due at this step may have been cut off
-            look()
-        with engine.signals, contextlib.closing(endless(loader)) as batches:
-            while not engine.finished:
-                train_step(engine, criterion, batches)
-                engine.end_step()
-                look()
+        engine.run(endless(loader), lambda batches: train_step(engine, criterion, batches), look)
         finish(engine, run, train_images, frame)
         if evaluator is not None:
-            judge(engine, evaluator, val_images, run, final=True)
+            engine.judge(lambda: evaluator(model, val_images, run, accelerator), final=True)
     return folder
 
 
@@ -170,21 +153,6 @@ def make_model(run: TokenizerRun, device: torch.device) -> tuple[HieraTok, Token
     model = build_model(run.model)
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size)
     return model.to(device), criterion.to(device)  # type: ignore[arg-type]
-
-
-def make_engine(
-    run: TokenizerRun, folder: Path, accelerator: Accelerator, model: HieraTok, num_images: int, bad: BadSamples
-) -> Engine:
-    """The engine of a run on `num_images` training images, at step 0."""
-    engine = Engine(
-        run.train, folder, accelerator, model, make_optimizers(model, run.train),
-        total_steps=run.train.total_steps(num_images), model_config=plain_config(model), bad=bad,
-    )  # fmt: skip
-    if run.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if run.train.compile:
-        model.compile_repeated_blocks()
-    return engine
 
 
 def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch]) -> None:
@@ -203,52 +171,6 @@ def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch
             engine.backward(loss.total, loss.terms, batch)
     grad_norm = engine.clip_gradients()
     engine.optimizer_step(grad_norm)
-
-
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW (Table 8); vectors and embeddings do not decay, as in DeiT and MAE.
-
-    `optimizer=muon` gives the matrices inside the transformers' blocks to Muon, with its steps scaled to the size of
-    AdamW's, so that one learning rate serves both (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
-    """
-    blocks: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if config.optimizer == "muon" and ".blocks." in name and parameter.ndim == 2:
-            blocks.append(parameter)
-        elif parameter.ndim >= 2 and not name.endswith(("position", "scale_embedding")):
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
-    rate, decay = config.learning_rate, config.weight_decay
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    betas = (config.betas[0], config.betas[1])
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)]
-    if blocks:
-        muon = torch.optim.Muon(blocks, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
-    return optimizers
-
-
-def endless(loader: Any) -> Generator[Batch, None, None]:
-    """The loader's batches; closing it ends its workers.
-
-    Raises:
-        DataError: a batch without a single usable image.
-    """
-    iterator = iter(loader)
-    try:
-        for batch in iterator:
-            if not batch.keys:
-                last = batch.bad[-1]
-                raise DataError(f"not one image of a whole batch could be used, nor any other in its place; the last "
-                                f"one is {last.key}: {last.reason}")  # fmt: skip
-            yield batch
-    finally:
-        shutdown = getattr(iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
 
 
 def pick_images(source: ImageSource, frame: Frame, count: int) -> Tensor:
@@ -274,91 +196,17 @@ def draw(engine: Engine, images: Tensor) -> None:
     engine.log.picture(engine.step, path)
 
 
-def judge(engine: Engine, evaluator: Evaluator, images: ImageSource, run: TokenizerRun, *, final: bool = False) -> None:
-    """Evaluate the EMA weights; log the metrics, and at the end keep them in `eval.json`."""
-    with engine.averaged():
-        found = evaluator(engine.model, images, run, engine.accelerator)  # type: ignore[arg-type]
-    if engine.main and final:
-        write_atomically(engine.folder / "eval.json", json.dumps(found.to_dict(), indent=1).encode())
-    if engine.main and engine.log is not None:
-        engine.log.metrics("eval", engine.step, {**found.metrics, "samples_seen": engine.samples_seen,
-                                                 "elapsed": round(engine.elapsed, 3)})  # fmt: skip
-
-
 def finish(engine: Engine, run: TokenizerRun, images: ImageSource, frame: Frame) -> None:
     """Measure the latents on training images and save the EMA weights with these statistics in `model/`."""
     if engine.main:
         model = engine.model
         assert isinstance(model, HieraTok)
         with engine.averaged():
-            mean, std, overall = measure_latents(model, images, frame, run)
-            model.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1 / overall)
+            model.eval()
+            found = measure_latents(model, images, frame, run.seed, run.eval.batch_size)
+            model.register_to_config(
+                latents_mean=found["mean"], latents_std=found["std"], scaling_factor=found["scaling_factor"]
+            )
             save_model(model, engine.folder / MODEL)
         say(f"model saved in {engine.folder / MODEL}")
     engine.accelerator.wait_for_everyone()
-
-
-def save_model(model: HieraTok, path: Path) -> None:
-    """`save_pretrained` under another name, then renamed: whoever reads `path` meets a whole model or none."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    for file in unfinished.iterdir():
-        sync(file)
-    shutil.rmtree(path, ignore_errors=True)  # checkpoints hold the model until the next line
-    unfinished.rename(path)
-    sync(path.parent)
-
-
-@torch.no_grad()
-def measure_latents(
-    model: HieraTok, images: ImageSource, frame: Frame, run: TokenizerRun
-) -> tuple[list[float], list[float], float]:
-    """Mean and standard deviation per channel of posterior samples, and the deviation over all channels.
-
-    They are what a generator's latents are normalised by (docs/paper.md).
-    """
-    model.eval()
-    latents = []
-    for batch in eval_loader(
-        spread(images, MEASURED),
-        frame.image_size,
-        run.eval.batch_size,
-        frame=frame,
-        seed=run.seed,
-        max_bad_fraction=1.0,
-    ):
-        posterior = model.encode(to_float(batch.images.to(model.device))).latent_dist
-        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-        latents.append(posterior.sample(generators).cpu().double())
-    values = torch.cat(latents)
-    mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3))
-    return mean.tolist(), std.tolist(), float(values.std())
-
-
-def run_facts(
-    run: TokenizerRun, accelerator: Accelerator, train_images: ImageSource, val_images: ImageSource
-) -> dict[str, Any]:
-    """What `run.json` says beside the configuration."""
-    return {
-        "seed": run.seed,
-        "world_size": accelerator.num_processes,
-        "device": describe_device(accelerator.device),
-        "data": {
-            "name": train_images.name,
-            "digest": train_images.digest,
-            "num_train": len(train_images),
-            "num_val": len(val_images),
-            "licence": train_images.licence,
-        },
-    }
-
-
-def describe_device(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"CPU with {threads} thread{'s' if threads > 1 else ''}"
-    return device.type

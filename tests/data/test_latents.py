@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hieratok.data import latents as latents_module
-from hieratok.data.latents import LatentsDataset, encode, read_manifest, state_sha256
+from hieratok.data.latents import LatentsDataset, encode, read_manifest
 from hieratok.data.loader import eval_loader
 from hieratok.data.opening import open_source
 from hieratok.errors import ConfigError, DataError, NonFiniteError
@@ -22,7 +22,7 @@ def source(image_folder):
 
 
 def run(model, source, output, **settings):
-    return encode(model, source, output, **{"shard_size": 10, "batch_size": 4, "progress": False, **settings})
+    return encode(model, source, output, **{"shard_size": 10, "batch_size": 4, "progress": False, "posterior": "mode", "flip": False, **settings})
 
 
 def images_of(source):
@@ -103,7 +103,7 @@ def test_the_manifest_names_model_source_and_settings(tiny_model, source, tmp_pa
     assert manifest == read_manifest(tmp_path / "out")
     assert manifest["model"]["sha256"] == state_sha256(tiny_model)
     assert manifest["model"]["config"]["scales"] == [1, 2, 4]
-    assert manifest["source"] == {"name": source.name, "digest": source.digest}
+    assert manifest["source"] == {"name": source.name, "digest": source.digest, "licence": None}
     assert manifest["classes"] == ["a", "b", "c"]
     assert (manifest["num_images"], manifest["count"], manifest["posterior"]) == (13, 13, "mode")
 
@@ -156,7 +156,7 @@ def test_a_finished_run_is_not_done_again(tiny_model, source, tmp_path, monkeypa
 def test_a_folder_of_something_else_or_of_another_job_is_refused(tiny_model, source, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").touch()
-    with pytest.raises(ConfigError, match="not empty and holds no encoding; give a new output folder"):
+    with pytest.raises(ConfigError, match="not empty and does not hold an encoding; give a new output folder"):
         run(tiny_model, source, tmp_path / "photos")
     run(tiny_model, source, tmp_path / "out")
     with pytest.raises(ConfigError, match="another posterior, seed; give another output folder"):

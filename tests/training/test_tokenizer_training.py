@@ -20,10 +20,11 @@ from hieratok.engine import checkpoint
 from hieratok.engine.guards import Stopped
 from hieratok.engine.log import METRICS, read_metrics
 from hieratok.engine.loop import Engine
+from hieratok.engine.optimizers import make_optimizers
 from hieratok.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from hieratok.losses import TokenizerLoss
 from hieratok.training import tokenizer
-from hieratok.training.tokenizer import make_optimizers, train_tokenizer
+from hieratok.training.tokenizer import train_tokenizer
 
 
 def losses(folder: Path) -> list[float]:

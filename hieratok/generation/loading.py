@@ -1,0 +1,58 @@
+"""A pipeline from what a person has: a generator's run, finished or not, or a saved pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import load_recipe
+from ..engine import checkpoint
+from ..engine.log import quiet_diffusers
+from ..engine.run_folder import CHECKPOINTS, CONFIG, PIPELINE, from_checkpoint, load_autoencoder, read_record
+from ..errors import CheckpointError, HieratokError
+from ..models.autoencoder import Autoencoder
+from ..models.dit import DiT
+from .pipeline import HieraTokPipeline
+from .schedulers import SAVED, make_scheduler
+
+MODEL_INDEX = "model_index.json"
+
+
+def make_pipeline(model: DiT, tokenizer: Autoencoder, objective: str, classes: Sequence[str]) -> HieraTokPipeline:
+    """The pipeline of a generator that was trained on a tokenizer's latents for an objective."""
+    scheduler = make_scheduler(SAVED[objective], objective, model.learns_variance)
+    with quiet_diffusers():
+        pipeline = HieraTokPipeline(model, tokenizer.model, scheduler, dict(enumerate(classes)))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_pipeline(path: str | Path) -> HieraTokPipeline:
+    """The pipeline of a saved folder or of a generator's run; of one that is not finished, with the EMA so far.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged; the message names the file.
+    """
+    path = Path(path)
+    if (path / PIPELINE / MODEL_INDEX).is_file():
+        path = path / PIPELINE
+    if (path / MODEL_INDEX).is_file():
+        try:
+            with quiet_diffusers():
+                pipeline = HieraTokPipeline.from_pretrained(path)
+        except HieratokError:
+            raise
+        except Exception as error:  # diffusers and safetensors raise kinds of their own
+            raise CheckpointError(f"the pipeline in {path} is damaged: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"no generator at {path}: give the folder of a generator's run or of a saved pipeline")
+    newest, _ = checkpoint.newest_valid(path / CHECKPOINTS)
+    config: dict[str, Any] = load_recipe((path / CONFIG).resolve())
+    if newest is None or "tokenizer" not in config:
+        raise CheckpointError(f"{path} holds no generator yet: neither a pipeline nor a checkpoint of one")
+    tokenizer = load_autoencoder(config["tokenizer"], config.get("image_size"))
+    objective = config.get("loss", {}).get("objective", "ddpm")
+    return make_pipeline(from_checkpoint(newest, DiT), tokenizer, objective, read_record(path)["classes"])

@@ -1,4 +1,4 @@
-"""Feature networks for Frechet distances: `mini` (the package's own), `inception` (the published one), or a callable.
+"""Feature networks of the metrics of sets: `mini` (the package's own), `inception` (the published one), or a callable.
 
 A network is part of what a figure is: its name goes into the figure's label, its weights' hash into the protocol.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.error import URLError
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..config import suggest
 from ..data.decode import to_float
-from ..errors import CheckpointError, ConfigError, DataError, MissingDependencyError
+from ..errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ProtocolError
 from ..files import sha256_of
 from ..losses.mini import load_mini
 from ..losses.weights_file import load_weights
@@ -25,10 +26,28 @@ UNVERSIONED = "unversioned"
 
 INCEPTION_VARIANT = "inception-v3-compat"
 INCEPTION_LAYER = "2048"
+INCEPTION_LOGITS = "logits_unbiased"  # ADM's Inception Score leaves the bias out
+
+SPATIAL_CHANNELS = 7  # the first ones, for no stated reason (Nash et al. 2021; ADM's evaluator)
+MINI_SPATIAL_MAP = 3  # of stride 8
+MINI_SPATIAL_SIDE = 8
+
+
+class Features(NamedTuple):
+    """What a network sees in B images, float32.
+
+    `pooled` `(B, dim)`: of Frechet distances, precision and recall. `logits` `(B, classes)`: of the Inception Score;
+    None of a network that does not classify. `spatial` `(B, spatial_dim)`: a map of few channels, which knows where
+    things are, as rows of pixels of channels; of sFID, or None.
+    """
+
+    pooled: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
 
 
 class FeatureNetwork(Protocol):
-    """What a Frechet distance needs of a network.
+    """What the metrics of sets need of a network.
 
     Attributes:
         name: goes into every figure's key and label.
@@ -45,9 +64,16 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """`(B, dim)` float32 of uint8 images `(B, 3, H, W)`."""
 
+    def everything(self, images: Tensor) -> Features:
+        """The same, with logits and spatial features where the network has them."""
+
 
 class MiniFeatures:
-    """The pooled last map of the network that ships with the package; it stands in for Inception and is not like it."""
+    """The pooled last map of the network that ships with the package; it stands in for Inception and is not like it.
+
+    Spatial features: the first 7 channels of the map of stride 8, averaged down to 8 x 8 where the images are larger
+    than 64 pixels; 448 numbers at 64 pixels.
+    """
 
     name = "mini"
 
@@ -62,9 +88,21 @@ class MiniFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         return self.network.pooled(to_float(images.to(self.device))).float()
 
+    @torch.no_grad()
+    def everything(self, images: Tensor) -> Features:
+        maps = self.network.features(to_float(images.to(self.device)))
+        pooled = maps[-1].mean(dim=(2, 3))
+        spatial = maps[MINI_SPATIAL_MAP]
+        if max(spatial.shape[2:]) > MINI_SPATIAL_SIDE:
+            spatial = F.adaptive_avg_pool2d(spatial, MINI_SPATIAL_SIDE)
+        return Features(pooled.float(), self.network.classifier(pooled).float(), _spatial(spatial))
+
 
 class InceptionFeatures:
     """Inception-v3 as FID has it: TensorFlow's weights and resize to 299 pixels, the 2048 pooled features.
+
+    Logits are without bias and spatial features those of TensorFlow's `mixed_6/conv`, 17 x 17 of 7 channels, as in
+    ADM's evaluator.
 
     Source: torch-fidelity's port, which agrees with the original to the last digits.
     """
@@ -87,7 +125,7 @@ class InceptionFeatures:
         tensors.seek(0)
         try:
             network = inception.FeatureExtractorInceptionV3(
-                INCEPTION_VARIANT, [INCEPTION_LAYER], feature_extractor_weights_path=tensors
+                INCEPTION_VARIANT, [INCEPTION_LAYER, INCEPTION_LOGITS], feature_extractor_weights_path=tensors
             )
         except (RuntimeError, TypeError) as error:
             raise CheckpointError(f"{path} does not hold torch-fidelity's Inception-v3: {error}") from error
@@ -98,6 +136,17 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         return self.network(images.to(self.device))[0].float()
+
+    @torch.no_grad()
+    def everything(self, images: Tensor) -> Features:
+        maps: list[Tensor] = []
+        # TensorFlow numbers the eleven mixtures through: its mixed_6 is the seventh, here Mixed_6d.
+        hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _input, out: maps.append(out))
+        try:
+            pooled, logits = self.network(images.to(self.device))
+        finally:
+            hook.remove()
+        return Features(pooled.float(), logits.float(), _spatial(maps[0]))
 
 
 class CallableFeatures:
@@ -126,15 +175,26 @@ class CallableFeatures:
             )
         return features
 
+    def everything(self, images: Tensor) -> Features:
+        return Features(self(images))
+
+
+def _spatial(maps: Tensor) -> Tensor:
+    """`(B, H * W * 7)`, in the order in which TensorFlow, and so ADM's files of statistics, has them."""
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+
 
 def load_features(
-    spec: str | Callable[[Tensor], Tensor], weights: str | Path | None = None, device: torch.device | str = "cpu"
+    spec: str | FeatureNetwork | Callable[[Tensor], Tensor],
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> FeatureNetwork:
     """A feature network by name, or a wrapped callable.
 
     Args:
         spec: "mini", "inception", or a callable of uint8 images `(B, 3, H, W)` to `(B, dim)`; a callable's name is its
-            `name` or `__name__`, its length of features its `dim` or that of one black image of 64 x 64 pixels.
+            `name` or `__name__`, its length of features its `dim` or that of one black image of 64 x 64 pixels. What
+            this function gave before comes back as it is.
         weights: a local `.safetensors` or `.pth` file of the named network; None is the shipped file (mini) or the
             one that torch-fidelity publishes (inception, downloaded once).
         device: where the network runs.
@@ -148,6 +208,8 @@ def load_features(
     if callable(spec):
         if weights is not None:
             raise ConfigError("feature_weights go with a named feature network; a callable brings its own")
+        if isinstance(spec, MiniFeatures | InceptionFeatures | CallableFeatures):
+            return spec
         return CallableFeatures(spec, device)
     if spec not in NETWORKS:
         raise ConfigError(f"no feature network named '{spec}'{suggest(str(spec), NETWORKS)}")
@@ -160,6 +222,16 @@ def figure_key(figure: str, network: str) -> str:
     `figure_key("rfid", "mini") == "rfid_mini"`, `figure_key("rfid", "inception") == "rfid"`.
     """
     return figure if network == INCEPTION else f"{figure}_{network}"
+
+
+def check_side(network: FeatureNetwork, image_size: int) -> None:
+    """Raises:
+    ProtocolError: images of that side are too small for the network.
+    """
+    if image_size < network.min_side:
+        raise ProtocolError(
+            f"images of {image_size} px are too small for features={network.name}, which needs {network.min_side}"
+        )
 
 
 def _download(url: str) -> Path:

@@ -6,10 +6,28 @@ Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule", Eq. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, ProtocolError
+
+FEW_IMAGES = 2048  # below this, a Frechet distance is mostly the bias of its small samples
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A `mean` `(dim,)` and a `covariance` `(dim, dim)`, float64, as a file of statistics has them."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return len(self.mean)
 
 
 class GaussianSums:
@@ -87,7 +105,7 @@ class GaussianSums:
             raise ProtocolError(f"a Gaussian needs at least 2 feature vectors, got {self.count}; give more images")
 
 
-def frechet_distance(a: GaussianSums, b: GaussianSums) -> float:
+def frechet_distance(a: GaussianSums | Gaussian, b: GaussianSums | Gaussian) -> float:
     """The Frechet distance between two Gaussians, >= 0, in float64.
 
     The trace of (C1 C2)^(1/2) is taken through the symmetric root of C1, which needs eigenvalues of symmetric matrices
@@ -97,9 +115,9 @@ def frechet_distance(a: GaussianSums, b: GaussianSums) -> float:
         ProtocolError: fewer than 2 vectors on a side, or features of different lengths.
     """
     _check_same_dim(a, b)
-    device = a.sum.device
-    difference = a.mean - b.mean.to(device)
-    cov1, cov2 = a.covariance, b.covariance.to(device)
+    mean = a.mean
+    difference = mean - b.mean.to(mean.device)
+    cov1, cov2 = a.covariance, b.covariance.to(mean.device)
     root = _symmetric_root(cov1)
     product = root @ cov2 @ root
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
@@ -107,11 +125,27 @@ def frechet_distance(a: GaussianSums, b: GaussianSums) -> float:
     return max(0.0, float(difference.dot(difference) + trace))
 
 
+def small_sample_warnings(count: int, dims: Mapping[str, int]) -> list[str]:
+    """What to know of Frechet distances of `count` images by features of the lengths `dims`, given by name."""
+    warnings = []
+    if count < FEW_IMAGES:
+        warnings.append(
+            f"Frechet distances of {count:,} images are biased upwards; compare them at the same N only, and use "
+            f"{FEW_IMAGES:,} images or more"
+        )
+    for name, dim in dims.items():
+        if count <= dim:
+            warnings.append(
+                f"{count:,} images do not fill the {dim:,} dimensions of {name}: the covariances are singular"
+            )
+    return warnings
+
+
 def _symmetric_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def _check_same_dim(a: GaussianSums, b: GaussianSums) -> None:
+def _check_same_dim(a: GaussianSums | Gaussian, b: GaussianSums | Gaussian) -> None:
     if a.dim != b.dim:
         raise ProtocolError(f"features of length {a.dim} and {b.dim} cannot be compared; use one feature network")

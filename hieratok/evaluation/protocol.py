@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..data.frame import Frame
+
 SAME_IMAGES = "the same images that were reconstructed"
+RESIZE_RULES = {
+    "center": "shorter side resized by Lanczos, centre crop",
+    "random": "shorter side resized by Lanczos, centre crop",  # random in training only
+    "squash": "both sides resized by Lanczos",
+}
+
+
+def resize_rule(frame: Frame) -> str:
+    """How an evaluation brings images to the size of a frame."""
+    return f"{RESIZE_RULES[frame.crop]}, alpha over {frame.background}"
 
 
 @dataclass(frozen=True)
@@ -66,4 +79,64 @@ class Protocol:
             f"{posterior}, {self.precision}, rounded to {self.rounding}; features {self.features} "
             f"({self.features_sha256[:8]}), LPIPS {self.lpips} ({self.lpips_sha256[:8]}), "
             f"hieratok {self.hieratok_version}"
+        )
+
+
+@dataclass(frozen=True)
+class GenerationProtocol:
+    """What the figures of generated images depend on besides the generator.
+
+    Attributes:
+        features: name of the feature network of all figures.
+        features_sha256: hash of its weights, or "unversioned".
+        image_size: side of the images in pixels.
+        resize: how images were brought to that side; samples have it already, as a rule.
+        num_samples: how many generated images were evaluated.
+        samples: name of their set.
+        samples_digest: hash over it.
+        reference: name of the set, or file of statistics, that they are compared with.
+        reference_digest: hash over the set, or SHA-256 of the file.
+        reference_images: how many images the reference's Gaussians are of; None where the file does not say.
+        reference_resize: how those were brought to `image_size`.
+        neighbours: of precision and recall.
+        neighbour_images: reference images of precision and recall; of the samples all take part.
+        split_size: images per split of the Inception Score.
+        seed: of the order in which the samples are split.
+        hieratok_version: of this package.
+        sampling: how the images were made, in the words of the sampler: scheduler, steps, guidance, labels, seed.
+    """
+
+    features: str
+    features_sha256: str
+    image_size: int
+    resize: str
+    num_samples: int
+    samples: str
+    samples_digest: str
+    reference: str
+    reference_digest: str
+    reference_images: int | None
+    reference_resize: str
+    neighbours: int
+    neighbour_images: int
+    split_size: int
+    seed: int
+    hieratok_version: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Four lines for people."""
+        images = f"{self.reference_images:,} images" if self.reference_images is not None else "statistics"
+        sampling = ", ".join(f"{name} {value}" for name, value in self.sampling.items()) or "not stated"
+        return (
+            f"{self.num_samples:,} samples of {self.samples} ({self.samples_digest[:8]}), {self.image_size} px\n"
+            f"reference: {images} of {self.reference} ({self.reference_digest[:8]}), {self.reference_resize}\n"
+            f"features {self.features} ({self.features_sha256[:8]}), IS by splits of {self.split_size:,} in the order "
+            f"of seed {self.seed}, {self.neighbours} neighbours among {self.neighbour_images:,} reference images, "
+            f"hieratok {self.hieratok_version}\n"
+            f"sampling: {sampling}"
         )

@@ -6,8 +6,6 @@ Paper: Sec. 4 (rFID, PSNR, SSIM and LPIPS on the validation set). The protocol o
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,37 +13,29 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import __version__
 from ..config import suggest
-from ..data.bad import too_many
 from ..data.decode import to_float, to_uint8
 from ..data.frame import Frame
 from ..data.loader import Batch, eval_loader
 from ..data.source import ImageSource, spread
-from ..errors import ConfigError, DataError, HieratokError, NonFiniteError, ProtocolError
-from ..files import write_atomically
+from ..errors import ConfigError, NonFiniteError
 from ..losses.perceptual import LPIPS, LpipsNetwork
 from ..losses.reconstruction import resize_images
 from ..models.tokenizer import HieraTok
 from . import pairwise
-from .features import FeatureNetwork, figure_key, load_features
-from .frechet import GaussianSums, frechet_distance
-from .protocol import Protocol
+from .features import FeatureNetwork, check_side, figure_key, load_features
+from .frechet import GaussianSums, frechet_distance, small_sample_warnings
+from .passes import add_up, add_up_gaussian, check_evaluated, rank_of, walk
+from .protocol import Protocol, resize_rule
+from .tables import align, label, number, save_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Posterior = Literal["mode", "sample"]
 Precision = Literal["fp32", "bf16"]
-
-FEW_IMAGES = 2048  # below this, a Frechet distance is mostly the bias of its small samples
-RESIZE_RULES = {
-    "center": "shorter side resized by Lanczos, centre crop",
-    "random": "shorter side resized by Lanczos, centre crop",  # random in training only
-    "squash": "both sides resized by Lanczos",
-}
 
 
 @dataclass(frozen=True)
@@ -80,9 +70,7 @@ class ReconstructionResult:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON; whoever reads the file meets the old one or the new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        save_json(path, self.to_dict())
 
     def table(self) -> str:
         """The figures, aligned for a terminal, with protocol and warnings under them."""
@@ -90,24 +78,11 @@ class ReconstructionResult:
         rows = [["scale", *(label(key) for key in pixelwise)]]
         for side, metrics in {**self.scales, self.protocol.grid_side: self.metrics}.items():
             name = f"{side} ({side * self.protocol.patch_size} px)"
-            rows.append([name, *(_number(metrics.get(key)) for key in pixelwise)])
-        sets = [[label(key), _number(self.metrics[key]), f"N = {a:,} and {b:,}"] for key, (a, b) in self.counts.items()]
-        parts = [*([_align(sets)] if sets else []), _align(rows), self.protocol.describe()]
+            rows.append([name, *(number(metrics.get(key)) for key in pixelwise)])
+        sets = [[label(key), number(self.metrics[key]), f"N = {a:,} and {b:,}"] for key, (a, b) in self.counts.items()]
+        parts = [*([align(sets)] if sets else []), align(rows), self.protocol.describe()]
         parts += [f"warning: {warning}" for warning in self.warnings]
         return "\n\n".join(parts)
-
-
-def label(key: str) -> str:
-    """The printed name of a metric's key: `rfid_mini` is "rFID (mini)", and so is every other network named."""
-    for known, name in LABELS.items():
-        if key == known:
-            return name
-        if key.startswith(f"{known}_"):
-            return f"{name} ({key.removeprefix(f'{known}_')})"
-    return key
-
-
-LABELS = {"rfid": "rFID", "real_halves": "real halves", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "l1": "L1"}
 
 
 def evaluate_reconstruction(
@@ -183,47 +158,25 @@ def evaluate_reconstruction(
     )
     wanted = len(source) if num_images is None else num_images
     source = spread(source, num_images)  # sets are often sorted by class
-    total = len(source)
-    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    rank, world_size = rank_of(accelerator)
     batches = eval_loader(
         source, side, batch_size, frame=frame, num_workers=num_workers, rank=rank, world_size=world_size,
         seed=seed, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
 
+    def step(batch: Batch) -> None:
+        images = batch.images.to(device)
+        comparison.update(images, reconstruct(model, images, batch, posterior, precision), batch.indices)
+
     was_training = model.training
     model.to(device).eval()  # type: ignore[arg-type]
-    bar = tqdm(total=total, desc="reconstructing", unit="image", disable=not progress or rank != 0)
-    failure: Exception | None = None
-    # TF32, which cuDNN uses unasked, has 10 bits where fp32 has 23.
-    cudnn = torch.backends.cudnn
-    exact = cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    )
     try:
-        with torch.no_grad(), exact:
-            for batch in batches:
-                images = batch.images.to(device)
-                comparison.update(images, reconstruct(model, images, batch, posterior, precision), batch.indices)
-                bar.update(min(len(images) * world_size, total - bar.n))
-    except Exception as error:
-        if world_size == 1:
-            raise
-        failure = error  # the other processes wait for our sums
+        walk(batches, step, total=len(source), title="reconstructing", progress=progress, accelerator=accelerator)
     finally:
-        bar.close()
         model.train(was_training)
     if accelerator is not None and world_size > 1:
-        failed = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
-        if failure is not None:
-            raise failure
-        if float(failed):  # type: ignore[arg-type]
-            raise HieratokError("the evaluation failed in another process, whose message says why")
         comparison.reduce(accelerator)
-    bad = total - comparison.num_images
-    if bad > math.floor(total * max_bad_fraction):
-        raise too_many(bad, total, max_bad_fraction)
-    if comparison.num_images == 0:
-        raise DataError(f"{source.name} holds no image that could be evaluated")
+    check_evaluated(source, comparison.num_images, max_bad_fraction)
 
     protocol = Protocol(
         features=comparison.features.name,
@@ -232,7 +185,7 @@ def evaluate_reconstruction(
         lpips_sha256=comparison.lpips.sha256,
         image_size=side,
         patch_size=int(model.config.patch_size),
-        resize=f"{RESIZE_RULES[frame.crop]}, alpha over {frame.background}",
+        resize=resize_rule(frame),
         num_images=comparison.num_images,
         dataset=source.name,
         dataset_digest=source.digest,
@@ -270,10 +223,7 @@ class _Comparison:
     """The running sums of all metrics, and what they come to."""
 
     def __init__(self, features: FeatureNetwork, lpips: LPIPS, scales: list[int], image_size: int) -> None:
-        if image_size < features.min_side:
-            raise ProtocolError(
-                f"images of {image_size} px are too small for features={features.name}, which needs {features.min_side}"
-            )
+        check_side(features, image_size)
         self.features, self.lpips, self.scales = features, lpips, scales
         device = next(lpips.parameters()).device
         sums_on = "cpu" if device.type == "mps" else device  # Apple's GPUs have no float64
@@ -311,16 +261,11 @@ class _Comparison:
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes."""
-
-        def total(sums: Tensor) -> Tensor:
-            return accelerator.reduce(sums.to(accelerator.device), reduction="sum").to(sums.device)  # type: ignore[union-attr]
-
         for gaussian in (*self.real, self.fake):
-            gaussian.count = int(total(torch.tensor(gaussian.count)))
-            gaussian.sum, gaussian.outer = total(gaussian.sum), total(gaussian.outer)
+            add_up_gaussian(accelerator, gaussian)
         for means in self.means.values():
             for mean in means.values():
-                mean.sums = total(mean.sums)
+                mean.sums = add_up(accelerator, mean.sums)
 
     def result(self, protocol: Protocol, wanted: int) -> ReconstructionResult:
         even, odd = self.real
@@ -340,40 +285,15 @@ class _Comparison:
         return ReconstructionResult({**metrics, **finest}, figures, counts, protocol, self._warnings(wanted))
 
     def _warnings(self, wanted: int) -> list[str]:
-        n, dim = self.num_images, self.features.dim
+        n = self.num_images
         warnings = []
         if n < wanted:
             warnings.append(f"{wanted:,} images were asked for and {n:,} could be evaluated")
         if min(half.count for half in self.real) < 2:
             return [*warnings, f"{n:,} images are too few for Frechet distances, which are left out; give 4 or more"]
-        if n < FEW_IMAGES:
-            warnings.append(
-                f"Frechet distances of {n:,} images are biased upwards; compare them at the same N only, and use "
-                f"{FEW_IMAGES:,} images or more"
-            )
-        if n <= dim:
-            warnings.append(
-                f"{n:,} images do not fill the {dim} dimensions of {self.features.name}: the covariances are singular"
-            )
-        return warnings
+        return warnings + small_sample_warnings(n, {self.features.name: self.features.dim})
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} '{value}'{suggest(str(value), choices)}")
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) >= 1 else f"{value:.4f}"
-
-
-def _align(rows: list[list[str]]) -> str:
-    """Columns of equal width, the first to the left and numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

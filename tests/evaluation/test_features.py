@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from hieratok.errors import CheckpointError, ConfigError
-from hieratok.evaluation.features import figure_key, load_features
+from hieratok.errors import CheckpointError, ConfigError, ProtocolError
+from hieratok.evaluation.features import check_side, figure_key, load_features
 from hieratok.files import sha256_of
 from hieratok.losses.mini import MINI_WEIGHTS, load_mini
 
@@ -25,6 +25,50 @@ def test_mini_gives_192_features_of_uint8_images_and_the_hash_of_its_file():
     assert (features.name, features.dim, features.sha256) == ("mini", 192, sha256_of(MINI_WEIGHTS))
     assert out.shape == (2, 192) and out.dtype == torch.float32
     torch.testing.assert_close(out, load_mini().pooled(IMAGES.float() / 127.5 - 1), rtol=1e-4, atol=1e-4)
+
+
+def test_mini_also_classifies_and_knows_where_things_are():
+    network, features = load_mini(), load_features("mini")
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    everything = features.everything(images)
+    floats = images.float() / 127.5 - 1
+    torch.testing.assert_close(everything.pooled, features(images))
+    torch.testing.assert_close(everything.logits, network(floats), rtol=1e-4, atol=1e-4)
+    spatial = network.features(floats)[3][:, :7]  # of stride 8
+    assert spatial.shape == (2, 7, 8, 8) and everything.spatial.shape == (2, 448)
+    expected = torch.stack([spatial[:, c, y, x] for y in range(8) for x in range(8) for c in range(7)], dim=1)
+    torch.testing.assert_close(everything.spatial, expected, rtol=1e-4, atol=1e-4)
+    assert features.everything(IMAGES).spatial.shape == (2, 7 * 4 * 4)
+    assert features.everything(torch.zeros(1, 3, 256, 256, dtype=torch.uint8)).spatial.shape == (1, 448)
+
+
+def test_the_spatial_features_tell_an_image_from_its_mirror_image_better_than_the_pooled_ones():
+    features = load_features("mini")
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    image[..., :20] = 255
+    here, there = features.everything(image), features.everything(image.flip(3))
+
+    def difference(a, b):
+        return float((a - b).norm() / a.norm())
+
+    assert difference(here.spatial, there.spatial) > 2 * difference(here.pooled, there.pooled)
+
+
+def test_a_callable_has_pooled_features_only():
+    everything = load_features(channel_means).everything(IMAGES)
+    assert everything.pooled.shape == (2, 3)
+    assert everything.logits is None and everything.spatial is None
+
+
+def test_a_network_that_was_loaded_may_be_given_again():
+    for network in (load_features("mini"), load_features(channel_means)):
+        assert load_features(network) is network
+
+
+def test_images_that_a_network_cannot_look_at_are_refused_by_size():
+    check_side(load_features("mini"), 16)
+    with pytest.raises(ProtocolError, match="15 px are too small for features=mini, which needs 16"):
+        check_side(load_features("mini"), 15)
 
 
 def test_a_callable_is_known_by_its_name_and_has_no_version():
@@ -71,6 +115,7 @@ def test_inception_reads_a_local_file_without_a_download(tmp_path, suffix, monke
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: pytest.fail("a download"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("a download"))
     tensors = inception_tensors(inception)
+    tensors["fc.bias"] += torch.arange(1008)
     path = tmp_path / f"inception{suffix}"
     if suffix == ".pth":
         torch.save(tensors, path)
@@ -82,6 +127,26 @@ def test_inception_reads_a_local_file_without_a_download(tmp_path, suffix, monke
     assert (features.name, features.dim, features.sha256) == ("inception", 2048, sha256_of(path))
     out = features(IMAGES[:1])
     assert out.shape == (1, 2048) and torch.isfinite(out).all()
+    if suffix == ".pth":
+        is_like_adms_evaluator(features, tensors)
+
+
+def is_like_adms_evaluator(features, tensors):
+    """Logits are without bias; spatial features are 7 channels of what the seventh mixture of the network begins with,
+    in TensorFlow's order."""
+    maps = []
+    hook = features.network.Mixed_6d.register_forward_hook(lambda _module, _input, out: maps.append(out))
+    everything = features.everything(IMAGES)
+    hook.remove()
+    torch.testing.assert_close(everything.pooled, features(IMAGES))
+    torch.testing.assert_close(everything.logits, everything.pooled @ tensors["fc.weight"].T, rtol=1e-3, atol=1e-3)
+    (mixture,) = maps
+    assert mixture.shape == (2, 768, 17, 17) and everything.spatial.shape == (2, 2023)
+    in_pixels = everything.spatial.reshape(2, 17, 17, 7)
+    for channel in range(7):
+        torch.testing.assert_close(in_pixels[..., channel], mixture[:, channel])
+    assert (everything.spatial >= 0).all() and everything.spatial.std() > 0
+    assert not features.network.Mixed_6d.branch1x1._forward_hooks  # else every call would keep a map
 
 
 def inception_tensors(inception):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hieratok.errors import NonFiniteError, ProtocolError
-from hieratok.evaluation.frechet import GaussianSums, frechet_distance
+from hieratok.evaluation.frechet import Gaussian, GaussianSums, frechet_distance
 
 
 def sums_of(features, batch_size=64):
@@ -44,6 +44,15 @@ def test_of_diagonal_gaussians_it_is_the_distance_of_means_and_deviations():
     variance = 2 / 3
     expected = 25 + variance * ((3 - 1) ** 2 + (2 - 1) ** 2)
     assert frechet_distance(sums_of(a), sums_of(b)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_moments_of_sums_are_as_good_as_the_sums():
+    a, b = sums_of(correlated(40, 8, 0)), sums_of(correlated(30, 8, 1))
+    moments = Gaussian(b.mean, b.covariance)
+    assert frechet_distance(a, moments) == frechet_distance(a, b)
+    assert frechet_distance(moments, a) == frechet_distance(b, a)
+    with pytest.raises(ProtocolError, match="length 8 and 4 cannot be compared"):
+        frechet_distance(moments, sums_of(torch.rand(5, 4)))
 
 
 def test_it_is_symmetric_and_zero_from_a_set_to_itself_even_with_fewer_vectors_than_dimensions():

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -284,48 +279,21 @@ torch.distributed.destroy_process_group()
 """
 
 
-def run_two_processes(script, model, image_folder, tmp_path):
-    """What two processes of a run leave in `rank0.json` and `rank1.json`."""
-    model.save_pretrained(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [sys.executable, "-c", script, str(tmp_path / "model"), str(image_folder), str(tmp_path)]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    root = str(Path(__file__).parents[2])
-    processes = [
-        subprocess.Popen(
-            arguments,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": root},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            printed, _ = process.communicate(timeout=60)
-            assert process.returncode == 0, printed
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_processes_judge_bad_images_together_and_fail_together(tiny_model, image_folder, tmp_path):
+def test_processes_judge_bad_images_together_and_fail_together(tiny_model, image_folder, tmp_path, run_two_processes):
+    tiny_model.save_pretrained(tmp_path / "model")
     source = open_source(image_folder)
     for index in (4, 11):  # one for each process; one of the 24 may be bad
         (image_folder / source.key(index)).write_bytes(b"not an image")
-    first, second = run_two_processes(FAILING, tiny_model, image_folder, tmp_path)
+    first, second = run_two_processes(FAILING, tmp_path / "model", image_folder)
     assert len(first) == len(second) == 2
     assert first[0] == second[0] and first[0].startswith("DataError: 2 of 24 images are bad, more than data.max_bad")
     assert first[1].startswith("HieratokError: the evaluation failed in another process")
     assert second[1] == "RuntimeError: out of memory"
 
 
-def test_two_processes_come_to_the_figures_of_one(tiny_model, image_folder, tmp_path):
-    first, second = run_two_processes(SCRIPT, tiny_model, image_folder, tmp_path)
+def test_two_processes_come_to_the_figures_of_one(tiny_model, image_folder, tmp_path, run_two_processes):
+    tiny_model.save_pretrained(tmp_path / "model")
+    first, second = run_two_processes(SCRIPT, tmp_path / "model", image_folder)
     assert first == second
     source = open_source(image_folder)
     settings = {"num_images": 23, "features": tones, "posterior": "sample"}

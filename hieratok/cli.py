@@ -110,9 +110,9 @@ def add_quickstart(commands: Any) -> None:
         "then a generator on its latents, judge both, and write everything into one page, report.html.",
     )  # fmt: skip
     parser.add_argument("--data", metavar="DATA", help=f"{DATA_HELP} (default: openmoji)")
-    parser.add_argument("--minutes", type=float, help="how long to train the tokenizer (default: 3.5)")
+    parser.add_argument("--minutes", type=float, help="how long to train the tokenizer (default: 3)")
     parser.add_argument("--generator-minutes", type=float, metavar="MINUTES",
-                        help="how long to train the generator; 0 trains none (default: 3.5)")  # fmt: skip
+                        help="how long to train the generator; 0 trains none (default: 4)")  # fmt: skip
     parser.add_argument("--output", default="runs/quickstart", metavar="FOLDER", help="default: runs/quickstart")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, as it was begun")

@@ -36,7 +36,8 @@ class LatentStream(Protocol):
     """A numbered set of latents with their labels.
 
     Attributes:
-        name, licence, digest: of the images behind them, and of everything that the latents depend on.
+        name, licence, images_digest: of the images behind them.
+        digest: of everything that the latents depend on.
         classes: names of the labels.
         shape: `(d, h, w)` of one image's latents.
         statistics: `mean` and `std` per channel and `scaling_factor`, see `encode`.
@@ -44,6 +45,7 @@ class LatentStream(Protocol):
 
     name: str
     licence: str | None
+    images_digest: str
     digest: str
     classes: list[str]
     shape: tuple[int, int, int]
@@ -64,6 +66,7 @@ class CachedLatents:
     num_workers: int = 0
     name: str = field(init=False)
     licence: str | None = field(init=False)
+    images_digest: str = field(init=False)
     digest: str = field(init=False)
     classes: list[str] = field(init=False)
     shape: tuple[int, int, int] = field(init=False)
@@ -84,7 +87,8 @@ class CachedLatents:
                 f"tokenizer, or encode again"
             )
         self.name, self.licence = manifest["source"]["name"], manifest["source"].get("licence")
-        self.digest = digest([manifest["source"]["digest"], given, *(s["sha256"] for s in manifest["shards"])])
+        self.images_digest = manifest["source"]["digest"]
+        self.digest = digest([self.images_digest, given, *(s["sha256"] for s in manifest["shards"])])
         self.classes = manifest["classes"]
         channels, *sides = manifest["shape"]
         self.shape = (channels // 2 if manifest["posterior"] == "moments" else channels, *sides)
@@ -110,7 +114,8 @@ class EncodedLatents:
 
     def __post_init__(self) -> None:
         self.name, self.licence, self.classes = self.images.name, self.images.licence, self.images.classes
-        self.digest = digest([self.images.digest, self.tokenizer.state_sha256()])
+        self.images_digest = self.images.digest
+        self.digest = digest([self.images_digest, self.tokenizer.state_sha256()])
         self.shape = self.tokenizer.latent_shape
         self.statistics = measure_latents(self.tokenizer, self.images, self.frame, self.seed)
 

@@ -105,15 +105,18 @@ class Progress:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' remarks about classes that are not its own, which nobody can act on."""
+    """Without diffusers' bars, and its remarks about classes that are not its own, which nobody can act on."""
     from diffusers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def say(text: str, *, main: bool = True) -> None:

@@ -169,15 +169,19 @@ def load_autoencoder(path: str | Path, image_size: int | None = None) -> Autoenc
     config = folder / "config.json"
     if folder.is_dir() and (not config.is_file() or _class_name(config) in (None, HieraTok.__name__)):
         return Autoencoder(load_tokenizer(folder), image_size)
-    from diffusers.models.auto_model import AutoModel
+    import diffusers
 
     try:
-        model = AutoModel.from_pretrained(str(path), use_safetensors=True)
+        name = diffusers.AutoModel.load_config(str(path))["_class_name"]
+        model_class = HieraTok if name == HieraTok.__name__ else getattr(diffusers, name)
+        model, info = model_class.from_pretrained(str(path), use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of diffusers, safetensors, the hub and the network
         raise CheckpointError(
             f"no autoencoder could be loaded from '{path}': give the folder of a tokenizer's run or of a saved model, "
             f"or the hub id of an autoencoder of diffusers ({error})"
         ) from error
+    if info["missing_keys"]:  # diffusers warns, and draws them at random
+        raise CheckpointError(f"weights are missing in {path}: {', '.join(sorted(info['missing_keys'])[:5])}")
     return Autoencoder(model.eval(), image_size)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..errors import ConfigError
 from .tokenizer import HieraTok
 
-# Classes whose images lie in [0, 1]; all others of diffusers have them in [-1, 1].
-UNIT_RANGE = frozenset({"AutoencoderRAE", "AutoencoderTiny"})
+# Classes whose images lie in [0, 1]; all others of diffusers have them in [-1, 1] (AutoencoderTiny maps them itself).
+UNIT_RANGE = frozenset({"AutoencoderRAE"})
 # Where the classes keep the side of the images that they were trained on.
-SIZE_FIELDS = ("image_size", "sample_size", "encoder_input_size")
+SIZE_FIELDS = ("image_size", "sample_size")
 
 
 class Autoencoder:
@@ -40,7 +40,10 @@ class Autoencoder:
                 raise ConfigError(f"{type(model).__name__} has no {method}; give an autoencoder")
         self.model: Any = model
         self.name = type(model).__name__
-        known = next((model.config[field] for field in SIZE_FIELDS if model.config.get(field)), None)
+        # AutoencoderRAE paints images of another size than its encoder resizes them to, and config need not say it.
+        known = getattr(model, "decoder_image_size", None) or next(
+            (model.config[field] for field in SIZE_FIELDS if model.config.get(field)), None
+        )
         if isinstance(model, HieraTok) and image_size not in (None, known):
             raise ConfigError(f"image_size is {image_size}, this tokenizer's is {known}")
         side = image_size or known
@@ -89,7 +92,8 @@ class Autoencoder:
         if hasattr(encoded, "latent_dist"):
             distribution = encoded.latent_dist
             return torch.cat([distribution.mean, distribution.logvar], dim=1).float()
-        return encoded.latent.float()
+        latents = getattr(encoded, "latent", None)
+        return (encoded.latents if latents is None else latents).float()  # AutoencoderTiny and VQModel: the plural
 
     def _encoded(self, images: Tensor) -> Any:
         images = images.to(self.dtype)

@@ -6,18 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.reconstruction import label
+from ..evaluation.tables import label
 
-HEADLINES = ("psnr", "ssim", "lpips", "rfid")
+HEADLINES = ("psnr", "ssim", "lpips", "rfid", "gfid", "inception_score", "precision", "recall")
 UNITS = {"psnr": "dB"}
+HIGHER, LOWER = "higher is better", "lower is better"
 DIRECTIONS = {
-    "psnr": "higher is better",
-    "ssim": "higher is better",
-    "lpips": "lower is better",
-    "rfid": "lower is better",
+    "psnr": HIGHER,
+    "ssim": HIGHER,
+    "lpips": LOWER,
+    "rfid": LOWER,
     "real_halves": "",
-    "l1": "lower is better",
+    "l1": LOWER,
+    "gfid": LOWER,
+    "sfid": LOWER,
+    "inception_score_std": "",  # before the key that it begins with
+    "inception_score": HIGHER,
+    "precision": HIGHER,
+    "recall": HIGHER,
 }
+FRECHET = ("rfid", "gfid")  # distances that the one between halves of the real images is a yardstick for
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,30 @@ def tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
             if quantity(key) == headline:
                 found.append(
                     Tile(label(key), figure(value), UNITS.get(headline, ""), DIRECTIONS[headline],
-                         _yardstick(evaluation, key) if headline == "rfid" else "")
+                         _yardstick(evaluation, key) if headline in FRECHET else "")
                 )  # fmt: skip
     return found
 
 
-def _yardstick(evaluation: Mapping[str, Any], rfid: str) -> str:
-    halves = rfid.replace("rfid", "real_halves")
-    counts = evaluation.get("counts", {})
-    n = counts.get(rfid, [evaluation.get("protocol", {}).get("num_images")])[0]
+def _yardstick(evaluation: Mapping[str, Any], key: str) -> str:
+    halves = key.replace(quantity(key), "real_halves")
+    metrics, protocol = evaluation["metrics"], evaluation.get("protocol", {})
+    counts = evaluation.get("counts", {}).get(key) or [protocol.get("num_samples", protocol.get("num_images"))]
     parts = []
-    if halves in evaluation["metrics"]:
-        parts.append(f"{label(halves)} {figure(evaluation['metrics'][halves])}")
-    if n is not None:
-        parts.append(f"N\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n:,}")
+    if halves in metrics:
+        parts.append(f"{label(halves)} {figure(metrics[halves])}")
+    if counts[0] is not None:
+        parts.append(_sizes(counts).replace(" ", "\N{NO-BREAK SPACE}"))
     return " · ".join(parts)
+
+
+def set_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """All figures of `eval.json` of a generator, a row each: name, value, direction, how many images."""
+    counts = evaluation.get("counts", {})
+    return [
+        [label(key), figure(value), DIRECTIONS.get(quantity(key), ""), _sizes(counts.get(key))]
+        for key, value in evaluation.get("metrics", {}).items()
+    ]
 
 
 def metric_tables(evaluation: Mapping[str, Any]) -> MetricTables:
@@ -111,24 +128,49 @@ def _sizes(counts: Sequence[int] | None) -> str:
     return f"N = {counts[0]:,}" if len(set(counts)) == 1 else "N = " + " and ".join(f"{n:,}" for n in counts)
 
 
+RECONSTRUCTION = (
+    "{num_images:,} held-out images of {dataset} at {image_size} px ({resize}).",
+    "Latents are the posterior’s {posterior}; the model ran in {precision}; reconstructions are rounded to "
+    "{rounding} before every metric.",
+    "Coarser scales are compared with the original averaged down to their size.",
+    "Real halves is the Fréchet distance between two halves of the originals, a yardstick for rFID at this size.",
+    "Fréchet distances use the features of “{features}”, with {reference} as the reference; LPIPS uses “{lpips}”.",
+)
+GENERATION = (
+    "{num_samples:,} samples at {image_size} px, against {reference_set} ({reference_resize}).",
+    "Drawn by {sampling[scheduler]} in {sampling[num_inference_steps]} steps {guidance}; labels: {sampling[labels]}; "
+    "seed {sampling[seed]}.",
+    "All figures use the features of “{features}”; the inception score (IS) is the mean over splits of {split_size:,} "
+    "samples, precision and recall know {neighbours} neighbours among {neighbour_images:,} images of the reference.",
+    "Real halves is the Fréchet distance between two halves of these {reference_images:,}, a yardstick for gFID.",
+)
+
+
 def protocol_sentences(protocol: Mapping[str, Any]) -> list[str]:
     """The protocol spelled out; a sentence whose fields are missing is left out."""
-    templates = [
-        "{num_images:,} held-out images of {dataset} at {image_size} px ({resize}).",
-        "Latents are the posterior’s {posterior}; the model ran in {precision}; reconstructions are rounded to "
-        "{rounding} before every metric.",
-        "Coarser scales are compared with the original averaged down to their size.",
-        "Real halves is the Fréchet distance between two halves of the originals, a yardstick for rFID at this size.",
-        "Fréchet distances use the features of “{features}”, with {reference} as the reference; LPIPS uses “{lpips}”.",
-    ]
+    of_samples = "num_samples" in protocol
+    words = {**protocol, **(_generation_words(protocol) if of_samples else {})}
     sentences = []
-    for template in templates:
+    for template in GENERATION if of_samples else RECONSTRUCTION:
         try:
-            sentences.append(template.format(**protocol))
-        except (KeyError, ValueError):
+            sentences.append(template.format(**words))
+        except (KeyError, ValueError, TypeError):
             continue
     if "mini" in (protocol.get("features"), protocol.get("lpips")):
         sentences.append(
             "“mini” is the small network that ships with hieratok; its figures are not comparable with published ones."
         )
     return sentences
+
+
+def _generation_words(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """What generated samples are compared with, and how they were guided."""
+    images, name = protocol.get("reference_images"), protocol.get("reference", "the reference")
+    scale, interval = ((protocol.get("sampling") or {}).get(key) for key in ("guidance_scale", "guidance_interval"))
+    guidance = "without guidance" if scale in (None, 1) else f"with guidance {scale:g}"
+    if interval and list(interval) != [0, 1] and guidance != "without guidance":
+        guidance += f" between the times {interval[0]:g} and {interval[1]:g} (1 is noise)"
+    return {
+        "reference_set": f"{images:,} images of {name}" if images else f"statistics of {name}",
+        "guidance": guidance,
+    }

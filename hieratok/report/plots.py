@@ -1,4 +1,4 @@
-"""Loss curves as inline SVG: the smoothed line in front of the raw one, named at its end, in the page's colours."""
+"""Curves as inline SVG: the smoothed line in front of the raw one, named at its end, in the page's colours."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import MissingDependencyError
-from .metrics import figure
+from .metrics import DIRECTIONS, figure, label, quantity
 from .palette import LIGHT, css, scale_colours
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 
 SIZE = (4.7, 2.75)  # inches; at this size the text is readable on a telephone and not loud on a desk
 FONT_SIZE = 8.0
-AXES = (0.09, 0.15, 0.73, 0.82)  # of the figure: left, bottom, width, height; names of lines stand to the right
+AXES = (0.09, 0.15, 0.71, 0.82)  # of the figure: left, bottom, width, height; names of lines stand to the right
 MIN_POINTS = 2
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -53,8 +57,39 @@ class Line:
     colour: str
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What a plot of records shows. `dots`: every value is one by itself, as that of an evaluation is."""
+
+    title: str
+    note: str
+    lines: Sequence[Line]
+    logarithmic: bool = True
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points `x` and `y`, both `(n,)` float64, the name of the line through them and its colour of the palette."""
+
+    x: np.ndarray
+    y: np.ndarray
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a dashed line at the height `y` between two places on the x axis says."""
+
+    start: float
+    end: float
+    y: float
+    text: str
+
+
 def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plot]:
-    """Plots of the records of `metrics.jsonl` whose kind is `train`, with images seen along the x axis.
+    """Plots of a tokenizer's records of `metrics.jsonl` whose kind is `train`, with images seen along the x axis.
 
     Total loss, reconstruction terms, the terms per scale and KL; a plot without data is left out.
 
@@ -70,17 +105,51 @@ def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plo
         Line(f"l1/{side}", f"{side} × {side}", colour)
         for side, colour in zip(sides, scale_colours(max(len(sides), 1)), strict=False)
     ]
-    plots = [
-        ("Total loss", "the weighted sum that is trained on", [Line("loss", "", "accent")], True),
-        ("Reconstruction terms", "before their weights, summed over the scales", terms, True),
-        ("L1 per scale", "each scale against the image resized to it, by side of the token map", scales, True),
-        ("KL divergence", "of the posterior from the standard normal, nats per image", [Line("kl", "", "ink")], False),
-    ]
+    return plots(records, [
+        Spec("Total loss", "the weighted sum that is trained on", [Line("loss", "", "accent")]),
+        Spec("Reconstruction terms", "before their weights, summed over the scales", terms),
+        Spec("L1 per scale", "each scale against the image resized to it, by side of the token map", scales),
+        Spec("KL divergence", "of the posterior from the standard normal, nats per image", [Line("kl", "", "ink")],
+             logarithmic=False),
+    ])  # fmt: skip
+
+
+def generation_plots(records: Sequence[Record], evaluations: Sequence[Record]) -> list[Plot]:
+    """Plots of a generator's records, those of training and those of evaluations; a plot without data is left out.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+
+    keys = dict.fromkeys(key for line in evaluations for key in line)
+    terms = [Line("mse", "MSE", "ink"), Line("vlb", "VLB", "faint")]
+    if not any("vlb" in line for line in records):  # the squared error is the loss
+        terms = []
+    specs = []
+    for quantities, logarithmic in ((("gfid",), True), (("inception_score",), False), (("precision", "recall"), False)):
+        found = [key for key in keys if quantity(key) in quantities]
+        lines = [Line(key, label(quantity(key)) if len(found) > 1 else "", colour)
+                 for key, colour in zip(found, ("accent", "ink"), strict=False)]  # fmt: skip
+        title = " and ".join(label(line.key) for line in lines)
+        specs.append(Spec(title, DIRECTIONS[quantities[0]], lines, logarithmic, dots=True))
+    return [
+        *plots(records, [
+            Spec("Loss", "what is trained on", [Line("loss", "", "accent")]),
+            Spec("Terms of the loss", "squared error of the noise, and variational bound of its variance", terms),
+        ]),
+        *plots(evaluations, specs),
+    ]  # fmt: skip
+
+
+def plots(records: Sequence[Record], specs: Sequence[Spec]) -> list[Plot]:
+    """One plot per spec, with images seen along the x axis; lines of fewer than two points are left out."""
     drawn = []
-    for title, note, lines, logarithmic in plots:
-        present = [line for line in lines if len(series(records, line.key)[0]) >= MIN_POINTS]
-        if present:
-            drawn.append(Plot(title, note, curves(title, records, present, logarithmic)))
+    for spec in specs:
+        curves = [Curve(*series(records, line.key), line.name, line.colour) for line in spec.lines]
+        curves = [curve for curve in curves if len(curve.x) >= MIN_POINTS]
+        if curves:
+            canvas = draw(curves, "images seen", logarithmic=spec.logarithmic, dots=spec.dots)
+            drawn.append(Plot(spec.title, spec.note, inline(as_svg(canvas, spec.title), spec.title)))
     return drawn
 
 
@@ -104,41 +173,83 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)
 
 
-def curves(title: str, records: Sequence[Record], lines: Sequence[Line], logarithmic: bool) -> str:
-    """One plot of `lines` as an `<svg>` string; the same records give the same string. `title` must be its own."""
+def draw(
+    curves: Sequence[Curve],
+    x_label: str,
+    *,
+    logarithmic: bool = True,
+    dots: bool = False,
+    size: tuple[float, float] = SIZE,
+    span: Span | None = None,
+) -> Figure:
+    """One plot of curves, each with its name and last value at its right end.
+
+    Args:
+        curves: at least one, each with at least one point.
+        x_label: under the axis.
+        logarithmic: the y axis; points that are not positive are then left out.
+        dots: mark every point, and draw the line through them as it is.
+        size: in inches.
+        span: a dashed line with a text, in front of the curves.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("plots need matplotlib: pip install 'hieratok[report]'") from error
-    with rc_context({**STYLE, "svg.hashsalt": title}):
-        canvas = Figure(figsize=SIZE)
+    with rc_context(STYLE):
+        canvas = Figure(figsize=size)
         axes = canvas.add_axes(AXES)
         ends = []
-        for line in lines:
-            x, y = series(records, line.key)
-            if logarithmic:
-                x, y = x[y > 0], y[y > 0]
-            colour = LIGHT[line.colour]
-            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
-            level = smooth(y)
-            axes.plot(x, level, color=colour, linewidth=1.6, solid_capstyle="round")
-            ends.append((line, level[-1], x[-1]))
+        for curve in curves:
+            keep = curve.y > 0 if logarithmic else np.full(len(curve.y), True)
+            x, y = curve.x[keep], curve.y[keep]
+            if not len(x):
+                continue
+            colour = LIGHT[curve.colour]
+            level = y if dots else smooth(y)
+            if not dots:
+                axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
+            axes.plot(x, level, color=colour, linewidth=1.6, solid_capstyle="round", marker="o" if dots else "",
+                      markersize=3.2)  # fmt: skip
+            ends.append((curve, level[-1], x[-1]))
         if logarithmic:
             axes.set_yscale("log")
         _ticks(axes, logarithmic)
         axes.set_xlim(left=0)
-        axes.set_xlabel("images seen")
+        axes.set_xlabel(x_label)
         axes.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0, pad=AXES[0] * SIZE[0] * 72 - 1)
+        axes.tick_params(axis="y", length=0, pad=AXES[0] * size[0] * 72 - 1)
         for text in axes.get_yticklabels():
             text.set_horizontalalignment("left")
         axes.tick_params(axis="x", length=3, width=0.6)
+        if span is not None:
+            axes.plot([span.start, span.end], [span.y, span.y], color=LIGHT["soft"], linewidth=1, linestyle=(0, (3, 2)))
+            # At the start, where the curve that comes later is still far above.
+            axes.annotate(span.text, (span.start, span.y), (4, 3), textcoords="offset points", color=LIGHT["ink"])
         _end_labels(axes, ends)
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inline(buffer.getvalue(), title)
+    return canvas
+
+
+def as_svg(figure: Figure, title: str) -> str:
+    """The file of a plot; the same plot gives the same text. `title` must be the plot's own."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({**STYLE, "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def as_png(figure: Figure) -> bytes:
+    """The file of a plot on the page's paper."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor=LIGHT["paper"], metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _ticks(axes: Any, logarithmic: bool) -> None:
@@ -168,15 +279,16 @@ def thousands(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _end_labels(axes: Any, ends: Sequence[tuple[Line, float, float]]) -> None:
-    """Name and last smoothed value of each line at its right end, pushed apart where they would overlap."""
-    gap = 1.35 * FONT_SIZE / 72 / (SIZE[1] * AXES[3])
+def _end_labels(axes: Any, ends: Sequence[tuple[Curve, float, float]]) -> None:
+    """Name and last smoothed value of each curve at its right end, pushed apart where they would overlap."""
+    gap = 1.35 * FONT_SIZE / 72 / (axes.figure.get_figheight() * AXES[3])
     to_axes = (axes.transData + axes.transAxes.inverted()).transform
-    placed = sorted(((to_axes((x, y))[1], line, y) for line, y, x in ends), key=lambda item: item[0])
+    placed = sorted(((to_axes((x, y))[1], curve, y) for curve, y, x in ends), key=lambda item: item[0])
     heights = spread([item[0] for item in placed], gap)
-    for height, (_, line, value) in zip(heights, placed, strict=True):
-        text = f"{line.name}\N{EN SPACE}{figure(value)}".strip()
-        axes.text(1.025, height, text, transform=axes.transAxes, color=LIGHT[line.colour], va="center_baseline")
+    for height, (_, curve, value) in zip(heights, placed, strict=True):
+        text = f"{curve.name}\N{EN SPACE}{figure(value)}".strip()
+        axes.text(1.025, height, text, transform=axes.transAxes, color=LIGHT[curve.colour], va="center_baseline",
+                  parse_math=False)  # fmt: skip
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -206,7 +318,7 @@ def inline(svg: str, title: str) -> str:
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
-    svg = re.sub(r"<svg[^>]*>", f'<svg {view.group()} role="img" aria-label="{title}">', svg, count=1)
+    svg = re.sub(r"<svg[^>]*>", f'<svg {view.group()} role="img" aria-label="{escape(title)}">', svg, count=1)
     svg = svg.replace("xlink:href", "href")
     names = {hexadecimal: colour for colour, hexadecimal in LIGHT.items()}
     svg = re.sub(r"#[0-9a-f]{6}\b", lambda m: css(names[m.group()]) if m.group() in names else m.group(), svg)

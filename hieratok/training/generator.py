@@ -148,8 +148,8 @@ def train_generator(run: GeneratorRun, *, resume: bool = False, tools: Tools | N
                 "dit": plain_config(model),
                 "tokenizer": {"class": tokenizer.name, "path": run.tokenizer, "sha256": tokenizer.state_sha256()},
                 "classes": stream.classes,
-                "data": {"name": stream.name, "digest": stream.digest, "num_train": len(stream),
-                         "licence": stream.licence},
+                "data": {"name": stream.name, "digest": stream.digest, "images_digest": stream.images_digest,
+                         "num_train": len(stream), "licence": stream.licence},
             }  # fmt: skip
             start(folder, to_dict(run), facts, resume=resume)
     bad = BadSamples(len(stream), run.data.max_bad_fraction, folder / "bad_images.jsonl")

@@ -27,8 +27,9 @@ def diffusers_tokenizer() -> AutoencoderKL:
     """A tokenizer of diffusers for 32 px, with latents of 4 x 16 x 16."""
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=32, scaling_factor=0.5,
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=32,
+        scaling_factor=0.5,
     ).eval()  # fmt: skip
 
 
@@ -74,8 +75,9 @@ def test_latents_that_were_learned_by_heart_are_drawn_by_every_scheduler(objecti
         pipeline.set_progress_bar_config(disable=True)
         found = pipeline(list(range(8)), 1.0, DEFAULT_STEPS[name], generators(*range(8)), output_type="latent").images
         error = (found - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
-        # Of two latents that have nothing to do with each other it is 1.4; measured here are 0.06 to 0.19.
-        assert error.max() < 0.35, name
+        # Of two latents that have nothing to do with each other it is 1.4; the means measured here are 0.05 to 0.17.
+        assert error.mean() < 0.3, name
+        assert torch.cdist(found.flatten(1), target.flatten(1)).argmin(dim=1).tolist() == list(range(8)), name
 
 
 # Guidance

@@ -23,8 +23,9 @@ from hieratok.errors import CheckpointError, DataError, MissingDependencyError  
 from hieratok.report import page  # noqa: E402
 from hieratok.report.gallery import build_gallery  # noqa: E402
 from hieratok.report.metrics import figure, metric_tables  # noqa: E402
-from hieratok.report.page import evenly, write_report  # noqa: E402
+from hieratok.report.page import write_report  # noqa: E402
 from hieratok.report.plots import loss_plots, smooth, spread  # noqa: E402
+from hieratok.report.record import RunRecord, evenly, longer  # noqa: E402
 
 SIDES = [1, 2, 4]
 EVALUATION = {
@@ -37,11 +38,6 @@ EVALUATION = {
     },
     "warnings": ["few images"],
 }  # fmt: skip
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -202,8 +198,8 @@ def test_every_command_is_one_that_the_command_line_takes(run_folder, monkeypatc
     ],
 )
 def test_the_command_to_train_on_moves_the_end_that_the_run_came_to(train, seconds, override):
-    record = page.RunRecord(Path(), {}, {"train": train}, [{"kind": "train", "step": 1, "elapsed": seconds}], None, [])
-    assert page.longer(record) == override
+    record = RunRecord(Path(), {}, {"train": train}, [{"kind": "train", "step": 1, "elapsed": seconds}], None, [])
+    assert longer(record) == override
 
 
 def test_the_gallery_shows_each_scale_at_its_own_size_and_leaves_the_model_as_it_was(tiny_model, images):

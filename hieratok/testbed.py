@@ -114,9 +114,12 @@ def some_classes(num_classes: int, most: int = PICTURED_CLASSES) -> list[int]:
 def class_counts(run: GeneratorRun) -> list[int]:
     """Images per class of a run's training set."""
     if run.latents is not None:
-        return np.bincount(LatentsDataset(run.latents).labels.numpy()).tolist()
-    images = run.data.open("all")
-    return np.bincount([images.label(index) for index in range(len(images))]).tolist()
+        latents = LatentsDataset(run.latents)
+        labels, classes = latents.labels.tolist(), latents.manifest["classes"]
+    else:
+        images = run.data.open("all")
+        labels, classes = [images.label(index) for index in range(len(images))], images.classes
+    return np.bincount(labels, minlength=max(len(classes), 1)).tolist()
 
 
 def reference_of(run: GeneratorRun, image_size: int, accelerator: Accelerator | None) -> ReferenceStatistics:

@@ -75,7 +75,7 @@ class CachedLatents:
     def __post_init__(self) -> None:
         """Raises:
         DataError: no finished encoding there, or a damaged one.
-        ConfigError: it was made by another tokenizer.
+        ConfigError: it was made by another tokenizer, or of images of another size.
         """
         self.data = LatentsDataset(self.path)
         manifest = self.data.manifest
@@ -92,6 +92,12 @@ class CachedLatents:
         self.classes = manifest["classes"]
         channels, *sides = manifest["shape"]
         self.shape = (channels // 2 if manifest["posterior"] == "moments" else channels, *sides)
+        if self.shape != self.tokenizer.latent_shape:
+            raise ConfigError(
+                f"the latents in {self.path} have the shape {self.shape}, and the tokenizer gives "
+                f"{self.tokenizer.latent_shape} for images of {self.tokenizer.image_size} px; give the image_size that "
+                f"they were encoded at"
+            )
         self.statistics = {key: manifest[key] for key in ("mean", "std", "scaling_factor")}
 
     def __len__(self) -> int:

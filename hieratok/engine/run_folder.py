@@ -34,6 +34,7 @@ GENERATOR = "generator"  # the run of a generator on a tokenizer's latents, with
 FIXED = (
     "model",
     "tokenizer",
+    "image_size",
     "latents",
     "normalization",
     "data",

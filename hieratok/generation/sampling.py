@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from .schedulers import DEFAULT_STEPS, SCHEDULERS, make_scheduler, objective_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
 
 def choose_labels(
     order: LabelOrder, num_images: int, num_classes: int, seed: int, counts: Sequence[int] | None = None
@@ -152,6 +154,7 @@ def sample_set(
         "num_images": num_images,
         "num_classes": pipeline.num_classes,
         "classes": pipeline.class_names,
+        "labels_sha256": hashlib.sha256(chosen.tobytes()).hexdigest(),  # with labels=data they follow from the counts
         "shard_size": shard_size,
         "protocol": {
             **sampler.protocol, "labels": labels, "seed": seed, "tokenizer": type(pipeline.vae).__name__,

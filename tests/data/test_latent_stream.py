@@ -142,8 +142,10 @@ def test_every_epoch_draws_another_sample_of_each_posterior():
 
 def test_encoded_on_the_way_every_epoch_sees_other_crops(tokenizer, source):
     stream = EncodedLatents(source, tokenizer, Frame(32, crop="random"), seed=3)
-    first, second = ({key: row for batch in take(stream, 3, start=start) for key, row in zip(batch.keys, batch.latents)}
-                     for start in (0, 24))  # fmt: skip
+    first, second = (
+        {key: row for batch in take(stream, 3, start=start) for key, row in zip(batch.keys, batch.latents, strict=True)}
+        for start in (0, 24)
+    )
     assert first.keys() == second.keys() and len(first) == 24
     assert not any(torch.allclose(first[key], second[key], atol=1e-3) for key in first)
 
@@ -193,6 +195,8 @@ def test_a_tokenizer_without_a_posterior_has_its_latents_stored(source, tmp_path
     cached = CachedLatents(tmp_path / "latents", tokenizer)
     encoded = EncodedLatents(source, tokenizer, Frame(32), seed=3)
     assert cached.shape == encoded.shape == (4, 16, 16)
+    with pytest.raises(ConfigError, match=r"the shape \(4, 16, 16\), and the tokenizer gives \(4, 8, 8\) for .* 16 px"):
+        CachedLatents(tmp_path / "latents", Autoencoder(tokenizer.model, 16))
     (one,), (other,) = take(cached, 1), take(encoded, 1)
     torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-5)
     for key in ("mean", "std", "scaling_factor"):

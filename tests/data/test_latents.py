@@ -22,7 +22,12 @@ def source(image_folder):
 
 
 def run(model, source, output, **settings):
-    return encode(model, source, output, **{"shard_size": 10, "batch_size": 4, "progress": False, "posterior": "mode", "flip": False, **settings})
+    return encode(
+        model,
+        source,
+        output,
+        **{"shard_size": 10, "batch_size": 4, "progress": False, "posterior": "mode", "flip": False, **settings},
+    )
 
 
 def images_of(source):

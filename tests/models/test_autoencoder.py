@@ -184,7 +184,9 @@ def test_without_a_size_of_its_own_an_autoencoder_needs_one(tmp_path):
         load_autoencoder(tmp_path)
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_an_empty_folder_and_one_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no autoencoder could be loaded from .*nowhere.*give the folder"):
+        load_autoencoder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds neither a saved model"):
         load_autoencoder(tmp_path)
 

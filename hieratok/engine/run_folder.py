@@ -173,7 +173,7 @@ def load_autoencoder(path: str | Path, image_size: int | None = None) -> Autoenc
     import diffusers
 
     try:
-        name = diffusers.AutoModel.load_config(str(path))["_class_name"]
+        name = HieraTok.load_config(str(path))["_class_name"]  # any model's; AutoModel forgets the file's name at times
         model_class = HieraTok if name == HieraTok.__name__ else getattr(diffusers, name)
         model, info = model_class.from_pretrained(str(path), use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of diffusers, safetensors, the hub and the network

@@ -14,6 +14,7 @@ from hieratok.data.latents import LatentsDataset, encode, read_manifest
 from hieratok.data.loader import eval_loader
 from hieratok.data.opening import open_source
 from hieratok.errors import ConfigError, DataError, NonFiniteError
+from hieratok.models.autoencoder import state_sha256
 
 
 @pytest.fixture

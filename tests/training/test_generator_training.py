@@ -182,7 +182,7 @@ def test_the_loss_falls_on_a_small_set(make_generator, tiny_model, saved_tokeniz
                 "train.optimizer=muon", "train.learning_rate=1e-2", "loss.class_dropout=0",
                 "model.hidden_size=64")  # fmt: skip
     found = losses(train_generator(make_generator(*settings)))
-    assert found[-1] < 0.75 * found[0], found
+    assert found[-1] < 0.85 * found[0], found
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])

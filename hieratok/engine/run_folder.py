@@ -214,11 +214,11 @@ def load_tokenizer(path: str | Path) -> HieraTok:
         except Exception as error:  # diffusers and safetensors raise kinds of their own
             raise CheckpointError(f"the model in {path} is damaged: {error}") from error
     if (path / checkpoint.MANIFEST).exists():
-        return from_checkpoint(checkpoint.load(path))
+        return from_checkpoint(checkpoint.load(path), HieraTok, "tokenizer")
     newest, _ = checkpoint.newest_valid(path / CHECKPOINTS)
     if newest is None:
         raise CheckpointError(f"{path} holds neither a saved model (config.json) nor a run's checkpoints")
-    return from_checkpoint(newest)
+    return from_checkpoint(newest, HieraTok, "tokenizer")
 
 
 def save_model(model: Saveable, path: Path) -> None:
@@ -233,14 +233,17 @@ def save_model(model: Saveable, path: Path) -> None:
     sync(path.parent)
 
 
-def from_checkpoint(saved: checkpoint.Checkpoint, model_class: Callable[..., M] = HieraTok) -> M:  # type: ignore[assignment]
-    """The model of a checkpoint with its averaged weights, where it has them."""
+def from_checkpoint(saved: checkpoint.Checkpoint, model_class: Callable[..., M], kind: str) -> M:
+    """The model of a checkpoint with its averaged weights, where it has them; `kind` is what a message calls it.
+
+    Raises:
+        CheckpointError: it is of something else.
+    """
     try:
         model = model_class(**saved.state["model"])
         model.load_state_dict(saved.tensors["model"])
         if "ema" in saved.tensors:
             model.load_state_dict(saved.tensors["ema"], strict=False)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        name = getattr(model_class, "__name__", "model")
-        raise CheckpointError(f"{saved.path} does not hold a {name}: {error}") from error
+        raise CheckpointError(f"{saved.path} does not hold a {kind}: {error}") from error
     return model.eval()

@@ -55,4 +55,4 @@ def load_pipeline(path: str | Path) -> HieraTokPipeline:
         raise CheckpointError(f"{path} holds no generator yet: neither a pipeline nor a checkpoint of one")
     tokenizer = load_autoencoder(config["tokenizer"], config.get("image_size"))
     objective = config.get("loss", {}).get("objective", "ddpm")
-    return make_pipeline(from_checkpoint(newest, DiT), tokenizer, objective, read_record(path)["classes"])
+    return make_pipeline(from_checkpoint(newest, DiT, "generator"), tokenizer, objective, read_record(path)["classes"])

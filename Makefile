@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(INSTALLED)  ## train a tokenizer for 4 minutes and write runs/quickstart/report.html; ARGS='--minutes 10' etc.
+quickstart: $(INSTALLED)  ## train a tokenizer and a generator in minutes and write runs/quickstart/report.html; ARGS='--minutes 10' etc.
 	$(BIN)/hieratok quickstart $(ARGS)
 
 test: $(INSTALLED)  ## run the tests

@@ -170,17 +170,19 @@ def test_presets_lists_every_recipe_and_model(capsys):
 def test_the_quickstart_on_ones_own_images_ends_in_one_page(image_folder, tmp_path, capsys):
     output = tmp_path / "quick"
     # 24 images hold out too few by the default fraction, which the message must say.
-    assert main(["quickstart", "--data", str(image_folder), "--minutes", "0.05", "--output", str(output)]) in (0, 2)
+    short = ["quickstart", "--data", str(image_folder), "--output", str(output), "--minutes"]
+    assert main([*short, "0.05", "--generator-minutes", "0"]) in (0, 2)
     for i, path in enumerate(sorted(image_folder.rglob("*.png")) * 12):
         (path.parent / f"copy-{i}.png").write_bytes(path.read_bytes())
-    arguments = ["quickstart", "--data", str(image_folder), "--minutes", "0.1", "--output", str(output)]
+    arguments = [*short, "0.1", "--generator-minutes", "0.05"]
     assert main([*arguments, "--overwrite"]) == 0
     page = (output / "report.html").read_text()
-    assert "PSNR" in page and "data:image/png;base64," in page
+    assert "PSNR" in page and "gFID (mini)" in page and "data:image/png;base64," in page
     assert main(arguments) == 2  # a run is never overwritten unasked
     assert "--overwrite" in capsys.readouterr().err
     assert main(["quickstart", "--output", str(output), "--resume"]) == 0  # with its own data and length
-    assert json.loads((output / "run.json").read_text())["config"]["train"]["max_minutes"] == 0.1
+    for folder, minutes in {output: 0.1, output / "generator": 0.05}.items():
+        assert json.loads((folder / "run.json").read_text())["config"]["train"]["max_minutes"] == minutes
 
 
 def test_the_quickstart_never_removes_a_folder_that_is_no_run(tmp_path, capsys):

@@ -52,7 +52,7 @@ def questions(seed: int = 0, count: int = 3) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", SCHEDULERS)
-def test_latents_that_were_learned_by_heart_are_drawn_by_every_scheduler(objective, make_dit, tiny_model, generators):
+def test_latents_that_were_learned_by_heart_are_drawn_by_every_scheduler(objective, tiny_model, generators):
     target = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(5))
     torch.manual_seed(0)
     model = DiT(

@@ -37,6 +37,8 @@ TOOLS_TO_SEE = Tools(paint=TOOLS.paint, export=TOOLS.export)  # all but an evalu
 
 @pytest.fixture
 def saved_tokenizer(tiny_model, tmp_path) -> Path:
+    """The tiny tokenizer, with latents that are far from standard: around 2, with a deviation of 0.2 or more."""
+    tiny_model.encoder.moments.bias.data += torch.tensor([2.0] * 4 + [-3.0] * 4)
     tiny_model.register_to_config(scaling_factor=0.8)
     tiny_model.save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
@@ -214,7 +216,7 @@ def test_the_label_table_and_vectors_do_not_decay(make_generator):
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "encoded"])
 @pytest.mark.parametrize("normalization", ["channel", "scalar"])
-def test_the_network_is_shown_standard_latents(make_generator, cache, monkeypatch, normalization, cached):
+def test_the_network_is_shown_normalised_latents(make_generator, cache, monkeypatch, normalization, cached):
     seen = []
     own = FlowLoss.forward
 
@@ -230,6 +232,7 @@ def test_the_network_is_shown_standard_latents(make_generator, cache, monkeypatc
     config = newest(folder).state["model"]
     if normalization == "scalar":
         assert config["latents_mean"] == [0.0] * 4 and config["latents_std"] == [1 / 0.8] * 4
+        assert latents.mean(dim=(0, 2, 3)) == pytest.approx(torch.full((4,), 2 * 0.8), abs=0.4)
         return
     # 240 samples of 16 numbers, in which those of an image are alike.
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15

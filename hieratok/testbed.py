@@ -20,7 +20,7 @@ from .data.arrays import write_npz
 from .data.frame import Frame
 from .data.latents import LatentsDataset
 from .data.opening import DataConfig, open_source
-from .data.source import spread
+from .data.source import ImageSource, spread
 from .engine.pictures import sample_grid, save_picture, scales_grid, to_array
 from .engine.run_folder import CONFIG
 from .engine.settings import LabelOrder, SamplingConfig
@@ -133,13 +133,23 @@ def _reference(
 ) -> ReferenceStatistics:
     device = accelerator.device if accelerator is not None else "cpu"
     network = load_features(config.features, config.feature_weights, device)
-    reference: Any = config.reference
-    if reference is None or not str(reference).endswith(".npz"):
-        reference = spread(data.open("all") if reference is None else open_source(reference), config.num_reference)
     return reference_statistics(
-        reference, network, image_size, batch_size=config.batch_size, num_workers=data.num_workers,
+        real_images(data, config), network, image_size, batch_size=config.batch_size, num_workers=data.num_workers,
         accelerator=accelerator, progress=False, frame=data.frame(image_size), max_bad_fraction=1.0,
     )  # fmt: skip
+
+
+def real_images(data: DataConfig, config: GeneratorEvalConfig) -> ImageSource | str:
+    """What samples are to be compared with: images, or the path of an npz, which may hold statistics."""
+    if config.reference is None:
+        return spread(data.open("all"), config.num_reference)
+    named = images_or_file(config.reference)
+    return named if isinstance(named, str) else spread(named, config.num_reference)
+
+
+def images_or_file(reference: str) -> ImageSource | str:
+    """The images that a reference names, opened; an npz stays a path, since it may hold statistics instead."""
+    return reference if reference.endswith(".npz") else open_source(reference)
 
 
 # After it has learned
@@ -245,15 +255,12 @@ def evaluate_model(
         HieratokError: as `load_pipeline`, `sample_set` and `evaluate_generation` do.
     """
     run = run_of(Path(model))
-    if reference is None and run is None:
+    if reference is not None:
+        real = images_or_file(reference)
+    elif run is not None:
+        real = real_images(run.data, run.eval)
+    else:
         raise ConfigError(f"{model} is not a generator's run, so it names no images; give a reference")
-    if reference is None and run is not None:
-        reference = run.eval.reference
-    real: Any = reference
-    if reference is None and run is not None:
-        real = spread(run.data.open("all"), run.eval.num_reference)
-    elif not str(reference).endswith(".npz"):
-        real = open_source(str(reference))
     draw_set(
         model, samples, num_images, labels=labels, sampling=sampling, seed=seed, accelerator=accelerator, device=device
     )

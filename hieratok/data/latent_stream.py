@@ -15,21 +15,10 @@ from .decode import to_float
 from .frame import Frame
 from .latents import LatentBatch, LatentsDataset, latent_loader, measure_latents
 from .loader import endless, train_loader
+from .order import Position
 from .source import ImageSource, digest
 
 Normalization = Literal["channel", "scalar"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Which part of the stream of samples a process reads; see `data.order`."""
-
-    seed: int
-    batch_size: int
-    accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
-    start: int = 0
 
 
 class LatentStream(Protocol):
@@ -105,7 +94,7 @@ class CachedLatents:
 
     def batches(self, position: Position) -> Generator[LatentBatch, None, None]:
         """See `LatentStream`."""
-        return endless(latent_loader(self.data, **vars(position), num_workers=self.num_workers))
+        return endless(latent_loader(self.data, position, self.num_workers))
 
 
 @dataclass

@@ -34,7 +34,7 @@ from .decode import to_float
 from .frame import Frame
 from .jobs import JOB, MANIFEST, claim_folder
 from .loader import Batch, eval_loader, seeded_loader
-from .order import MicroBatches, sample_seed
+from .order import MicroBatches, Position, sample_seed
 from .source import ImageSource, spread
 
 LatentPosterior = Literal["mode", "sample", "moments"]
@@ -285,22 +285,10 @@ def _as_it_is(batch: LatentBatch) -> LatentBatch:
     return batch
 
 
-def latent_loader(
-    latents: LatentsDataset,
-    *,
-    seed: int,
-    batch_size: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
-    num_workers: int = 0,
-) -> DataLoader[LatentBatch]:
-    """This process's micro-batches from position `start` of the stream on, without end, as `train_loader` has them."""
-    batches = MicroBatches(
-        len(latents), seed, batch_size, accumulation=accumulation, rank=rank, world_size=world_size, start=start
-    )
-    return seeded_loader(_LatentSamples(latents, seed), batches, num_workers, _as_it_is)
+def latent_loader(latents: LatentsDataset, position: Position, num_workers: int = 0) -> DataLoader[LatentBatch]:
+    """This process's micro-batches from a position of the stream on, without end, as `train_loader` has them."""
+    batches = MicroBatches(len(latents), **vars(position))
+    return seeded_loader(_LatentSamples(latents, position.seed), batches, num_workers, _as_it_is)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ number of samples it has taken from the stream, whatever the number of processes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +40,18 @@ def _mix(x: int) -> int:
 def replacement(length: int, index: int, attempt: int) -> int:
     """The image that stands in for a bad one: spread over the set, so that a bad folder has no single stand-in."""
     return (index + attempt * (1 + sample_seed(length, attempt, index) % max(length - 1, 1))) % length
+
+
+@dataclass(frozen=True)
+class Position:
+    """Which part of the stream of samples a process reads; see `MicroBatches`."""
+
+    seed: int
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
 
 
 class MicroBatches:

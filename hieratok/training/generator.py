@@ -22,12 +22,12 @@ from ..data.latent_stream import (
     EncodedLatents,
     LatentStream,
     Normalization,
-    Position,
     latents_of,
     normalization_of,
 )
 from ..data.latents import LatentBatch
 from ..data.opening import DataConfig
+from ..data.order import Position
 from ..engine.log import say
 from ..engine.loop import Engine, Judgement, describe_device, make_accelerator, make_engine, run_facts
 from ..engine.pictures import save_picture

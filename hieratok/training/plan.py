@@ -17,9 +17,9 @@ from accelerate import Accelerator
 
 from ..config import to_dict
 from ..data.bad import BadSamples
-from ..data.latent_stream import Position
 from ..data.latents import LatentBatch
 from ..data.loader import Batch, endless, train_loader
+from ..data.order import Position
 from ..engine.loop import Engine, describe_device, make_accelerator, make_engine
 from ..engine.settings import TrainConfig
 from ..models.cost import cost_table, dit_cost_table

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderTiny
 
 from hieratok.data.frame import Frame
-from hieratok.data.latent_stream import CachedLatents, EncodedLatents, Position, latents_of, normalization_of
+from hieratok.data.latent_stream import CachedLatents, EncodedLatents, latents_of, normalization_of
 from hieratok.data.latents import LatentBatch, LatentsDataset, encode
 from hieratok.data.opening import open_source
-from hieratok.data.order import epoch_order, sample_seed
+from hieratok.data.order import Position, epoch_order, sample_seed
 from hieratok.errors import ConfigError, DataError
 from hieratok.models.autoencoder import Autoencoder
 

@@ -83,7 +83,10 @@ def train_on_latents(run: TokenizerRun, minutes: float | None, resume: bool) -> 
         values = load_recipe((folder / GENERATOR / CONFIG).resolve())
     else:
         data = {**to_dict(run.data), "num_workers": 0}
-        values = merge(load_recipe("quickstart-generator"), {
+        recipe = load_recipe("quickstart-generator")
+        if run.data.source == "openmoji":  # the recipe's own is a part of it
+            del data["source"]
+        values = merge(recipe, {
             "seed": run.seed, "data": data, "tokenizer": str(folder), "latents": str(folder / LATENTS),
             "output": str(folder / GENERATOR),
         })  # fmt: skip
@@ -92,7 +95,7 @@ def train_on_latents(run: TokenizerRun, minutes: float | None, resume: bool) -> 
     tokenizer = load_tokenizer(folder)
     frame = run.data.frame(int(tokenizer.config.image_size))
     encode(
-        tokenizer, run.data.open("all"), folder / LATENTS, num_workers=run.data.num_workers, precision="bf16",
+        tokenizer, generator.data.open("all"), folder / LATENTS, num_workers=run.data.num_workers, precision="bf16",
         seed=run.seed, frame=frame, max_bad_fraction=run.data.max_bad_fraction,
     )  # fmt: skip
     testbed.prepare(generator)

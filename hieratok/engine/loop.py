@@ -23,12 +23,11 @@ from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..files import write_atomically
 from ..models.presets import plain_config
 from . import checkpoint
-from .ema import EMA
 from .guards import SignalGuard, Stopped, refuse_non_finite
+from .learner import MAIN, Learner
 from .log import Progress, RunLog, say
 from .optimizers import make_optimizers
 from .run_folder import CHECKPOINTS, EVALUATION
-from .schedule import warmup_cosine
 from .settings import TrainConfig
 
 MOST_OVERFLOWS = 30  # in a row: halving fp16's loss scale that often leaves nothing of it
@@ -116,7 +115,9 @@ class Engine:
 
     Attributes:
         model: the bare network; `forward` is the one to call, which synchronises processes.
+        learners: all networks that learn: `model`, and those that `add` brought, which help to train it.
         step: optimizer steps done.
+        observers: called with a step and what was logged of it.
     """
 
     def __init__(
@@ -132,32 +133,39 @@ class Engine:
         bad: BadSamples,
     ) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
-        self.model, self.optimizers, self.bad = model, list(optimizers), bad
+        self.model, self.bad = model, bad
         self.device = accelerator.device
         self.main = accelerator.is_main_process
         self.world_size = accelerator.num_processes
         self.total_steps = total_steps
         self.model_config = dict(model_config)
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self.forward = accelerator.prepare_model(model)
-        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        main = Learner(MAIN, model, list(optimizers), config, accelerator, config.ema_decay)
+        self.learners: dict[str, Learner] = {MAIN: main}
+        self.forward, self.ema = main.forward, main.ema
+        self.observers: list[Callable[[int, Mapping[str, float]], None]] = []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.signals = SignalGuard()
         self.step = 0
         self.elapsed = 0.0
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}  # of steps that a sum is over: not every term is in every step
         self._steps_summed = 0
         self._begun = time.monotonic()  # of the part of the run that this process does
         self._elapsed_before = 0.0
         self._logged_at = (0, 0.0)
-        self._keys: list[str] = []
+        self._keys: dict[str, None] = {}  # of the samples of this step, in their order
         self._new_bad: list[Any] = []
-        self._wrong_loss: float | None = None  # a loss that was not finite
+        self._wrong_losses: dict[str, float] = {}  # those that were not finite
         self._overflows = 0
         self.log: RunLog | None = None
         self.progress_bar: Progress | None = None
 
     # Beginning and end
+
+    def add(self, learner: Learner) -> Learner:
+        """Let another network learn in this run; before `restore`."""
+        self.learners[learner.name] = learner
+        return learner
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint of the run's folder; all processes take the same one.
@@ -175,14 +183,13 @@ class Engine:
             say(f"no checkpoint in {self.folder} yet; beginning at step 0", main=self.main)
             return
         try:
-            self.model.load_state_dict(newest.tensors["model"])
-            if self.ema is not None:
-                self.ema.load({k: v.to(self.device) for k, v in newest.tensors["ema"].items()})
-            checkpoint.restore_optimizers(self.optimizers, self.names, newest.tensors["optimizer"])
+            for learner in self.learners.values():
+                learner.restore(newest.tensors, newest.state, self.device)
             torch.set_rng_state(newest.tensors["rng"]["cpu"])
             self.step = int(newest.state["step"])
             self.elapsed = self._elapsed_before = float(newest.state["elapsed"])
             self._sums = {k: torch.tensor(v, device=self.device) for k, v in newest.state["sums"].items()}
+            self._counts = {k: float(v) for k, v in newest.state["counts"].items()}
             self._steps_summed = int(newest.state["steps_summed"])
             self.scaler.load_state_dict(newest.state["scaler"])
         except (KeyError, RuntimeError) as error:
@@ -243,64 +250,84 @@ class Engine:
         dtype = AUTOCAST[self.config.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def synchronising(self, last: bool) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def synchronising(self, last: bool) -> Iterator[None]:
         """Processes exchange gradients only with the last micro-batch of a step."""
-        return nullcontext() if last else self.accelerator.no_sync(self.forward)
+        with contextlib.ExitStack() as stack:
+            for learner in self.learners.values():
+                stack.enter_context(nullcontext() if last else self.accelerator.no_sync(learner.forward))
+            yield
 
-    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Samples) -> None:
-        """Add a micro-batch's gradients, and remember what it was."""
-        self._keys += batch.keys
-        self._new_bad += [b for b in batch.bad if b.index not in self.bad.seen]
+    def backward(self, loss: Tensor, terms: Mapping[str, Tensor], batch: Samples, name: str = "loss") -> None:
+        """Add a micro-batch's gradients, and remember what it was; `name`: what the logs call the loss."""
+        self._keys |= dict.fromkeys(batch.keys)
+        self._new_bad += [b for b in batch.bad if b.index not in self.bad.seen and b not in self._new_bad]
         if not torch.isfinite(loss.detach()):
-            self._wrong_loss = float(loss.detach())
-        for name, value in {"loss": loss.detach(), **terms}.items():
-            share = value.float() / self.config.accumulation
-            self._sums[name] = self._sums[name] + share if name in self._sums else share
+            self._wrong_losses[name] = float(loss.detach())
+        for term, value in {name: loss.detach(), **terms}.items():
+            self._count(term, value.detach().float(), 1 / self.config.accumulation)
         self.scaler.scale(loss / self.config.accumulation).backward()
 
-    def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `max_grad_norm`; gives their norm before that."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        limit = self.config.max_grad_norm or math.inf
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+    def clip_gradients(self, *names: str) -> dict[str, Tensor]:
+        """Scale gradients down to the `max_grad_norm` of their network; gives the norms before that.
 
-    def optimizer_step(self, grad_norm: Tensor) -> None:
-        """Change the weights, unless a number on any process forbids it.
+        `names`: of which networks; without them, of all that have gradients in this step.
+        """
+        norms = {}
+        for name, learner in self.learners.items():
+            if name in names or (not names and learner.has_gradients):
+                for optimizer in learner.optimizers:
+                    self.scaler.unscale_(optimizer)
+                limit = learner.schedule.max_grad_norm or math.inf
+                norms[name] = nn.utils.clip_grad_norm_(learner.network.parameters(), limit)
+        return norms
+
+    def change_weights(self, grad_norms: Mapping[str, Tensor]) -> None:
+        """A step of the networks in `grad_norms`, unless a number on any process forbids it.
 
         Raises:
-            NonFiniteError: a loss or the gradient norm is not finite.
+            NonFiniteError: a loss or a gradient norm is not finite.
             DataError: too many images are bad.
         """
-        norm = float(grad_norm)
+        norms = {name: float(norm) for name, norm in grad_norms.items()}
         # fp16's loss scale is found by overflowing now and then; such a step changes no weight.
-        overflow = not math.isfinite(norm) and self.scaler.is_enabled()
+        wrong = {name: norm for name, norm in norms.items() if not math.isfinite(norm)}
+        overflow = bool(wrong) and self.scaler.is_enabled()
         self._overflows = self._overflows + 1 if overflow else 0
-        norm_is_fatal = not math.isfinite(norm) and (not overflow or self._overflows > MOST_OVERFLOWS)
-        worst = self._agree(float(self._wrong_loss is not None or norm_is_fatal), len(self._new_bad))
+        norm_is_fatal = bool(wrong) and (not overflow or self._overflows > MOST_OVERFLOWS)
+        worst = self._agree(float(bool(self._wrong_losses) or norm_is_fatal), len(self._new_bad))
         if worst[0]:
-            facts = {"loss": "finite" if self._wrong_loss is None else self._wrong_loss, "gradient norm": norm}
-            refuse_non_finite(self.folder, self.step + 1, self.accelerator.process_index, self._keys, facts)
+            facts: dict[str, Any] = {**(self._wrong_losses or {"loss": "finite"}),
+                     **{label_of(name, "gradient norm"): norm for name, norm in norms.items()}}  # fmt: skip
+            refuse_non_finite(self.folder, self.step + 1, self.accelerator.process_index, list(self._keys), facts)
         if worst[1]:
             self._record_bad()
-        rate = warmup_cosine(
-            max((self.step + 1) / self.total_steps, self.progress),
-            self.config.learning_rate, self.config.final_learning_rate, self.config.warmup_ratio,
-        )  # fmt: skip
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            if not overflow:
-                self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        progress = max((self.step + 1) / self.total_steps, self.progress)
+        for name, norm in norms.items():
+            learner = self.learners[name]
+            if learner.began is None:
+                learner.began = self.progress
+            learner.set_rate(progress)
+            for optimizer in learner.optimizers:
+                if name not in wrong:
+                    self.scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            if name not in wrong:
+                self._count(label_of(name, "grad_norm"), torch.tensor(norm, device=self.device), 1.0)
+                if learner.ema is not None:
+                    learner.ema.update(learner.network, self.step + 1)
+
+    def optimizer_step(self, grad_norms: Mapping[str, Tensor]) -> None:
+        """Change the weights of the networks in `grad_norms`, which ends a step.
+
+        Raises:
+            NonFiniteError, DataError: as `change_weights` does.
+        """
+        self.change_weights(grad_norms)
         self.scaler.update()
         self.step += 1
-        if not overflow:
-            self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros((), device=self.device)) + norm
         self._steps_summed += 1
-        self._keys, self._new_bad = [], []
-        if self.ema is not None and not overflow:
-            self.ema.update(self.model, self.step)
+        self._keys, self._new_bad = {}, []
 
     def end_step(self) -> None:
         """Log and checkpoint where due; stop where asked to.
@@ -340,6 +367,13 @@ class Engine:
             self.log.metrics("eval", self.step, {**found.metrics, "samples_seen": self.samples_seen,
                                                  "elapsed": round(self.elapsed, 3)})  # fmt: skip
 
+    def warn(self, message: str) -> None:
+        """Tell people, and the run's log."""
+        say(f"warning: step {self.step}: {message}", main=self.main)
+        if self.log is not None:
+            where = {"samples_seen": self.samples_seen, "elapsed": round(self.elapsed, 3)}
+            self.log.metrics("warning", self.step, {"message": message, **where})
+
     def save(self) -> None:
         """Write a checkpoint of this step; all processes wait for it.
 
@@ -347,13 +381,9 @@ class Engine:
             NonFiniteError: the weights are not finite; the older checkpoints stay the newest.
             CheckpointError: the disk is full or cannot be written.
         """
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "model": self.model.state_dict(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
-            "rng": {"cpu": torch.get_rng_state()},
-        }
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors
+        tensors: dict[str, Mapping[str, Tensor]] = {"rng": {"cpu": torch.get_rng_state()}}
+        for learner in self.learners.values():
+            tensors |= learner.tensors()
         for part in tensors.values():
             for name, tensor in part.items():
                 if not torch.isfinite(tensor).all():
@@ -369,11 +399,19 @@ class Engine:
                 "world_size": self.world_size,
                 "model": self.model_config,
                 "sums": {name: float(value) for name, value in zip(names, sums, strict=True)},
+                "counts": self._counts,
                 "steps_summed": self._steps_summed,
+                "began": {name: learner.began for name, learner in self.learners.items()},
                 "scaler": self.scaler.state_dict(),
             }
             checkpoint.save(self.folder / CHECKPOINTS, self.step, tensors, state, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _count(self, name: str, value: Tensor, share: float) -> None:
+        """Add to the sum behind the mean that is logged of a term; `share`: of a step."""
+        known = self._sums.get(name)
+        self._sums[name] = value * share if known is None else known + value * share
+        self._counts[name] = self._counts.get(name, 0.0) + share
 
     # Between processes
 
@@ -392,19 +430,27 @@ class Engine:
     def _write_metrics(self) -> None:
         assert self.log is not None and self.progress_bar is not None
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / max(self._steps_summed, 1)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
         means = self.accelerator.reduce(means, "mean")
-        values = dict(zip(names, means.tolist(), strict=True))
-        self._sums, self._steps_summed = {}, 0
+        values: dict[str, float] = dict(zip(names, means.tolist(), strict=True))
+        self._sums, self._counts, self._steps_summed = {}, {}, 0
         step, elapsed = self._logged_at
         speed = (self.step - step) * self.config.batch_size / max(self.elapsed - elapsed, 1e-9)
         self._logged_at = (self.step, self.elapsed)
-        rate = self.optimizers[0].param_groups[0]["lr"]
+        rates = {label_of(name, "learning_rate"): learner.rate for name, learner in self.learners.items()
+                 if learner.began is not None}  # fmt: skip
         self.log.metrics("train", self.step, {
-            **values, "learning_rate": rate, "samples_seen": self.samples_seen, "bad_images": len(self.bad),
+            **values, **rates, "samples_seen": self.samples_seen, "bad_images": len(self.bad),
             "images_per_second": round(speed, 2), "elapsed": round(self.elapsed, 3),
         })  # fmt: skip
         done = self.elapsed if self.config.max_minutes else self.step
         total = self.progress_bar.bar.total or done
         shown = {"loss": f"{values['loss']:.4f}", "images/s": f"{speed:.0f}"}
         self.progress_bar.update(min(done, total), self.step, shown)
+        for observe in self.observers:
+            observe(self.step, values)
+
+
+def label_of(network: str, quantity: str) -> str:
+    """What the logs call a quantity of one of the networks; that of the main one needs no name."""
+    return quantity if network == MAIN else f"{quantity}_{network}"

@@ -11,7 +11,7 @@ EMBEDDINGS = ("position", "scale_embedding", "class_embed.weight")
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW (Table 8); vectors and embeddings do not decay, as in DeiT and MAE.
+    """AdamW (Table 8) for all that is not frozen; vectors and embeddings do not decay, as in DeiT and MAE.
 
     `optimizer=muon` gives the matrices inside the transformers' blocks to Muon, with its steps scaled to the size of
     AdamW's, so that one learning rate serves both (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982). The
@@ -22,6 +22,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if config.optimizer == "muon" and "blocks." in name and "modulation" not in name and parameter.ndim == 2:
             blocks.append(parameter)
         elif parameter.ndim >= 2 and not name.endswith(EMBEDDINGS):

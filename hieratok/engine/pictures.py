@@ -37,20 +37,27 @@ class SampleGrid:
     row_names: tuple[str, ...]
 
 
-def reconstruction_grid(originals: Tensor, scales: Sequence[Tensor], sides: Sequence[int]) -> Image.Image:
+def reconstruction_grid(
+    originals: Tensor, scales: Sequence[Tensor], sides: Sequence[int], before: Tensor | None = None
+) -> Image.Image:
     """A row per image: the original, every scale from coarse to fine, and the error.
 
     Args:
         originals: uint8 `(B, 3, S, S)`.
         scales: per scale uint8 `(B, 3, s, s)`, coarse to fine; the last is of the originals' size.
         sides: sides of the token maps, for the captions.
+        before: uint8 `(B, 3, S, S)`, reconstructions by an earlier tokenizer, shown left of the finest ones.
     """
+    captions = ["original", *scale_captions(sides), f"error x{255 // LARGEST_ERROR}"]
+    if before is not None:
+        captions.insert(-2, "before")
     rows = []
     for index, image in enumerate(originals):
         original = to_array(image)
         pictures = [original, *(to_array(scale[index]) for scale in scales)]
+        if before is not None:
+            pictures.insert(-1, to_array(before[index]))
         rows.append([*pictures, error_map(original, pictures[-1])])
-    captions = ["original", *scale_captions(sides), f"error x{255 // LARGEST_ERROR}"]
     return sheet(rows, cell_of(originals.shape[-1]), captions)
 
 

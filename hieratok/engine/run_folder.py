@@ -33,6 +33,10 @@ GENERATOR = "generator"  # the run of a generator on a tokenizer's latents, with
 # Changing one of these makes another run; all else may change when a run goes on.
 FIXED = (
     "model",
+    "init_from",
+    "discriminator.kind",
+    "discriminator.width",
+    "discriminator.foundation",
     "tokenizer",
     "image_size",
     "latents",
@@ -43,6 +47,7 @@ FIXED = (
     "train.batch_size",
     "train.accumulation",
     "train.optimizer",
+    "train.freeze",
 )
 FREE = ("data.num_workers", "data.max_bad_fraction", "data.max_val_images")
 
@@ -143,16 +148,22 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+def run_config(folder: str | Path) -> dict[str, Any] | None:
+    """The recipe of a run, or None where the folder is no run's."""
+    path = Path(folder) / CONFIG
+    return load_recipe(path.resolve()) if path.is_file() else None
+
+
 def run_data(folder: str | Path) -> DataConfig:
     """The `data` section of a run.
 
     Raises:
         ConfigError: the folder is not that of a run.
     """
-    path = Path(folder) / CONFIG
-    if not path.is_file():
+    known = run_config(folder)
+    if known is None:
         raise ConfigError(f"{folder} is not the folder of a run (there is no {CONFIG} in it); name the images yourself")
-    return build(DataConfig, load_recipe(path.resolve()).get("data", {}), "data")
+    return build(DataConfig, known.get("data", {}), "data")
 
 
 def load_autoencoder(path: str | Path, image_size: int | None = None) -> Autoencoder:

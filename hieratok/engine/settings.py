@@ -14,7 +14,34 @@ LabelOrder = Literal["random", "balanced", "data"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class OptimizerConfig:
+    """How fast a network learns: a warm-up and a cosine over its part of the run. The defaults are Table 8, stage 1."""
+
+    learning_rate: float = 4e-4
+    final_learning_rate: float = 4e-6
+    warmup_ratio: float = 0.03
+    betas: tuple[float, ...] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0  # 0 does not clip
+
+    def check(self, section: str) -> None:
+        """Raises:
+        ConfigError: a value out of its range; the message names the field in its section.
+        """
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"{section}.learning_rate is {self.learning_rate}; it must be above 0 and finite")
+        for name in ("final_learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{section}.{name} is {value}; it must be 0 or above, and finite")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"{section}.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"{section}.betas is {list(self.betas)}; AdamW takes two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(OptimizerConfig):
     """How long, how fast and how often. The defaults are Table 8 of the paper, stage 1.
 
     The run ends after `epochs` or `steps` (give one), or after `max_minutes` if that comes first; the learning rate
@@ -27,12 +54,6 @@ class TrainConfig:
     batch_size: int = 256  # of all processes together
     accumulation: int = 1  # micro-batches per step
     optimizer: Optimizer = "adamw"  # muon, for the matrices of the blocks, learns more from few steps
-    learning_rate: float = 4e-4
-    final_learning_rate: float = 4e-6
-    warmup_ratio: float = 0.03
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    max_grad_norm: float = 1.0  # 0 does not clip
     ema_decay: float = 0.9999  # 0 keeps no average
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
@@ -44,23 +65,17 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "max_minutes", "batch_size", "accumulation", "log_every", "checkpoint_every",
-                     "learning_rate"):  # fmt: skip
+        self.check("train")
+        for name in ("epochs", "steps", "max_minutes", "batch_size", "accumulation", "log_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"train.{name} is {value}; it must be above 0 and finite")
-        for name in ("final_learning_rate", "weight_decay", "max_grad_norm", "picture_every"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"train.{name} is {value}; it must be 0 or above, and finite")
+        if self.picture_every < 0:
+            raise ConfigError(f"train.picture_every is {self.picture_every}; it must be 0 (none) or above")
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give one of train.epochs and train.steps, and set the other to null")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"train.betas is {list(self.betas)}; AdamW takes two numbers in [0, 1)")
         if self.keep_checkpoints < 2:
             raise ConfigError("train.keep_checkpoints must be at least 2: a write can fail while the last one is used")
 

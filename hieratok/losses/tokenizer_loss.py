@@ -5,13 +5,15 @@ Paper: Eq. 3 and 4, Eq. 8 and 9, weights of Table 9.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .adversarial import AdversarialConfig
+from .alignment import AlignmentConfig
 from .perceptual import LPIPS, LpipsNetwork
 from .reconstruction import l1, mse, resize_images
 
@@ -21,7 +23,10 @@ LPIPS_MIN_SIDE = {"mini": 32, "vgg16": 64}
 
 @dataclass(frozen=True)
 class TokenizerLossConfig:
-    """Weights of Table 9. A weight of 0 leaves the term out and costs nothing."""
+    """Weights of Table 9. A weight of 0 leaves the term out and costs nothing.
+
+    `adversarial` and `alignment`: the terms of stage 2, which `training/stage2.py` adds.
+    """
 
     l1: float = 1.0
     mse: float = 0.4
@@ -31,6 +36,8 @@ class TokenizerLossConfig:
     lpips_weights: str | None = None  # local file; None: the shipped mini, or torchvision's vgg16
     lpips_min_size: int | None = None  # smallest image side with a perceptual term; None: 32 for mini, 64 for vgg16
     scale_weights: list[float] | None = None  # one per scale, coarse to fine; None: 1 for every scale
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
 
 class Reconstruction(Protocol):
@@ -51,10 +58,12 @@ class LossOutput(NamedTuple):
     """`total`: the weighted sum, a scalar. `terms`: each term before its weight, by name, detached.
 
     `l1`, `mse` and `lpips` are sums over the scales (with the scales' weights), `l1/8` is that of the scale of side 8.
+    `reconstruction`: of a tokenizer, the total without the KL, against which stage 2 weighs its terms.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
+    reconstruction: Tensor | None = None
 
 
 class TokenizerLoss(nn.Module):
@@ -95,7 +104,7 @@ class TokenizerLoss(nn.Module):
                 terms[name] = terms.get(name, 0.0) + scale_weight * value.detach()
         kl = output.posterior.kl().float().mean()
         terms["kl"] = kl.detach()
-        return LossOutput(total + self.config.kl * kl, terms)
+        return LossOutput(total + self.config.kl * kl, terms, total)
 
     def _compare(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The unweighted terms of one scale."""

@@ -124,6 +124,10 @@ class Decoder(nn.Module):
             images.append(self.unpatchify(in_weight_precision(head, tokens[:, start:end]), layout.sides[i]))
         return tuple(images)
 
+    def last_layer(self, scale: int) -> Tensor:
+        """The weights `(3 * p * p, D)` that paint the pixels of a scale, given by its place from coarse to fine."""
+        return cast(nn.Linear, self.to_pixels[min(scale, len(self.to_pixels) - 1)]).weight
+
     def positions(self, scale: int, side: int) -> Tensor:
         """The spatial table area-interpolated to `side`, plus the scale's vector: `(1, D, side, side)` (App. E)."""
         return F.adaptive_avg_pool2d(self.position, side) + self.scale_embedding[scale].view(1, -1, 1, 1)

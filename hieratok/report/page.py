@@ -92,28 +92,32 @@ def write_report(
         tables=metric_tables(evaluation) if evaluation else None,
         evaluation=evaluation,
         costs=cost_rows({name: section}),
-        progress=progress(record, fields["image_size"], len(sides)),
+        progress=progress(record, fields["image_size"], len(sides), began="init_from" in record.run),
         commands=commands(record, COMMANDS, source=shlex.quote(str(source))),
         run=record.run,
         started=date(record.run.get("started")),
     )
 
 
-def progress(record: RunRecord, image_size: int, num_scales: int) -> Progress | None:
-    """Originals and finest reconstructions cut out of `pictures/`, or None where there are none of the run's layout."""
+def progress(record: RunRecord, image_size: int, num_scales: int, began: bool) -> Progress | None:
+    """Originals and finest reconstructions cut out of `pictures/`, or None where there are none of the run's layout.
+
+    `began`: the run began from another tokenizer, whose reconstructions stand between the two.
+    """
     steps: list[int] = []
     strips: list[np.ndarray] = []  # per column (R, S, S, 3)
     for path in evenly(record.pictures, MAX_PICTURES):
         with Image.open(path) as picture:
-            cut = cut_sheet(picture, image_size, num_scales + 2, top=CAPTION)
+            cut = cut_sheet(picture, image_size, num_scales + 2 + began, top=CAPTION)
         if cut is None:
             continue
         if not strips:
-            strips.append(cut[:, 0])
+            strips += [cut[:, 0], cut[:, -3]] if began else [cut[:, 0]]
         strips.append(cut[:, -2])
         steps.append(step_of(path))
     if not strips:
         return None
     rows = list(zip(*strips, strict=False))[:MAX_ROWS]
     names = [f"Picture {number}" for number in range(1, len(rows) + 1)]
-    return Progress([("original", ""), *heads(record, steps)], names, [[png_uri(tile) for tile in row] for row in rows])
+    first = [("original", ""), ("before", "")] if began else [("original", "")]
+    return Progress([*first, *heads(record, steps)], names, [[png_uri(tile) for tile in row] for row in rows])

@@ -27,7 +27,7 @@ from ..models.presets import plain_config
 from .generator import GeneratorRun, open_latents
 from .generator import make_model as make_generator
 from .generator import train_step as generator_step
-from .tokenizer import TokenizerRun
+from .tokenizer import TokenizerRun, begin_from, make_terms
 from .tokenizer import make_model as make_tokenizer
 from .tokenizer import train_step as tokenizer_step
 
@@ -50,6 +50,12 @@ class Plan:
     model: Mapping[str, Any] | None = None  # with what follows from the data filled in; None: `run.model`
 
     @property
+    def steps(self) -> int:
+        """That the run takes before its end, by steps or by the clock."""
+        limit = self.run.train.max_minutes
+        return self.total_steps if limit is None else min(self.total_steps, int(limit * 60 / self.seconds_per_step))
+
+    @property
     def minutes(self) -> float:
         """Of the whole run, evaluation and pictures not counted."""
         by_steps = self.total_steps * self.seconds_per_step / 60
@@ -59,7 +65,6 @@ class Plan:
     def describe(self) -> str:
         """For people: the resolved configuration, the cost of the model, and how long it will take."""
         batch = self.run.train.batch_size
-        steps = min(self.total_steps, int(self.minutes * 60 / self.seconds_per_step))
         timed = "" if self.timed_images == batch else f", timed on {self.timed_images} images"
         name = str(self.run.model.get("preset", "this model"))
         table = cost_table if isinstance(self.run, TokenizerRun) else dit_cost_table
@@ -71,7 +76,8 @@ class Plan:
             f"device    {self.device}",
             f"speed     {self.seconds_per_step:.3f} s per step of {batch} images, {batch / self.seconds_per_step:.0f} "
             f"images/s{timed} (decoding not counted)",
-            f"length    about {steps:,} steps ({steps * batch / self.num_train:.2f} epochs), {duration(self.minutes)}",
+            f"length    about {self.steps:,} steps ({self.steps * batch / self.num_train:.2f} epochs), "
+            f"{duration(self.minutes)}",
             f"output    {self.run.output} (nothing was written)",
         ])  # fmt: skip
 
@@ -90,13 +96,16 @@ def plan_tokenizer(run: TokenizerRun) -> Plan:
     accelerator = make_accelerator(run.train, run.seed)
     size = run.train.micro_batch_size(accelerator.num_processes)
     model, criterion = make_tokenizer(run, accelerator.device)
+    begin_from(run, model, None)
     train_images, val_images = run.data.open_both()
     frame = run.data.frame(model.config.image_size)
     loader = train_loader(train_images, frame, seed=run.seed, batch_size=size)
     with contextlib.closing(endless(loader)) as batches:
         batch = next(batches)
     with idle_engine(run.train, accelerator, model, len(train_images)) as engine:
-        seconds, timed = time_step(engine, batch, lambda parts: tokenizer_step(engine, criterion, parts))
+        terms = make_terms(run, model, engine)
+        engine.step = run.loss.adversarial.start_step + run.loss.adversarial.ramp_steps  # the dear part of the run
+        seconds, timed = time_step(engine, batch, lambda parts: tokenizer_step(engine, criterion, terms, parts))
         return Plan(
             run, describe_device(accelerator.device), len(train_images), len(val_images), engine.total_steps,
             seconds * size / timed, timed * run.train.accumulation * accelerator.num_processes,

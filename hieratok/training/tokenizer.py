@@ -1,6 +1,7 @@
-"""Training the tokenizer: stage 1 of the paper (Eq. 3, 4, 8, 9; Table 8).
+"""Training the tokenizer: both stages of the paper (Eq. 3, 4, 8, 9; Table 8).
 
-A step is `train_step`; what surrounds it (clock, guards, checkpoints, logs) is the engine.
+A step is `train_step`; what stage 2 adds to it is in `stage2.py`; what surrounds it (clock, guards, checkpoints, logs)
+is the engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..config import build, to_dict
+from ..config import build, merge, to_dict
 from ..data.bad import BadSamples
 from ..data.decode import BadImage, to_float, to_uint8
 from ..data.frame import Frame
@@ -24,18 +25,22 @@ from ..data.latents import measure_latents
 from ..data.loader import Batch, endless, train_loader
 from ..data.opening import DataConfig
 from ..data.source import ImageSource
+from ..engine.checkpoint import all_steps
 from ..engine.log import say
 from ..engine.loop import Engine, Judgement, data_facts, describe_device, make_accelerator, make_engine, run_facts
 from ..engine.pictures import reconstruction_grid, save_picture
-from ..engine.run_folder import MODEL, save_model, start
+from ..engine.run_folder import CHECKPOINTS, MODEL, load_tokenizer, read_record, run_config, save_model, start
 from ..engine.settings import TrainConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..losses import TokenizerLoss, TokenizerLossConfig
 from ..losses.perceptual import LpipsNetwork
-from ..models.presets import build_model, model_fields
+from ..models.autoencoder import state_sha256
+from ..models.presets import build_model, model_fields, plain_config
 from ..models.tokenizer import HieraTok
+from .stage2 import DISCRIMINATOR, Adversary, Aligner, DiscriminatorConfig
 
 PICTURED = 8  # held-out images drawn during training
+INHERITED = ("model", "data", "loss", "eval")  # sections that a run has from the one that it began from
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,30 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerTrainConfig(TrainConfig):
+    """`freeze=encoder` trains the decoder alone: the latents stay as they are, to the bit, and with them what a
+    generator has learned."""
+
+    freeze: Literal["encoder"] | None = None
+
+
+@dataclass(frozen=True)
 class TokenizerRun:
     """Everything that a run depends on: a recipe with its overrides, resolved.
 
-    `model`: a preset's name and changes to it, or the fields of `HieraTok`. `output`: the run's folder.
+    `model`: a preset's name and changes to it, or the fields of `HieraTok`. `init_from`: a run or a saved model whose
+    (EMA) weights the run begins with, and whose model, data, losses and evaluation it has where it says nothing else.
+    `output`: the run's folder.
     """
 
     model: dict[str, Any]
+    init_from: str | None = None
     seed: int = 0
     output: str = "runs/tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @staticmethod
@@ -79,12 +96,39 @@ class TokenizerRun:
 
         Raises:
             ConfigError: an unknown key, a wrong type, or values that do not fit together.
+            CheckpointError: there is no model at `init_from`.
         """
-        run = build(TokenizerRun, values)
+        run = build(TokenizerRun, with_beginning(values))
+        if run.train.freeze and run.loss.alignment.weight:
+            raise ConfigError(
+                "loss.alignment moves the latents, which train.freeze=encoder keeps; set loss.alignment.weight=0"
+            )
         if not 0 <= run.seed < 2**32:
             raise ConfigError(f"seed is {run.seed}; it must lie between 0 and {2**32 - 1}")
         model_fields(run.model)
         return run
+
+
+def with_beginning(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, with the sections of the run that it begins from where it does not say otherwise."""
+    path = values.get("init_from")
+    if path is None:
+        if values.get("model") is None:
+            raise ConfigError("give the tokenizer to begin from, init_from=RUN_OR_MODEL, or a model: model.preset=NAME")
+        return dict(values)
+    known = run_config(path)
+    if known is None and Path(path).is_dir():
+        known = {"model": architecture(load_tokenizer(path))}
+    inherited = {key: value for key, value in (known or {}).items() if key in INHERITED}
+    if values.get("model") is None and "model" not in inherited:
+        load_tokenizer(path)  # says what is wrong with it
+    return merge(inherited, {key: value for key, value in values.items() if value is not None})
+
+
+def architecture(model: HieraTok) -> dict[str, Any]:
+    """The fields of a model, without what was measured of its latents."""
+    measured = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
+    return {key: value for key, value in plain_config(model).items() if key not in measured}
 
 
 # Judges a model on held-out images; given by the caller, so that training does not depend on evaluation.
@@ -109,13 +153,17 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     accelerator = make_accelerator(run.train, run.seed)
     run.train.micro_batch_size(accelerator.num_processes)
     model, criterion = make_model(run, accelerator.device)  # raises before anything is written
+    before = begin_from(run, model, folder if resume else None)
     train_images, val_images = run.data.open_both()
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
-            facts = {"data": {**data_facts(train_images), "num_val": len(val_images)}}
+            facts: dict[str, Any] = {"data": {**data_facts(train_images), "num_val": len(val_images)}}
+            if run.init_from is not None:
+                facts["init_from"] = beginning(run, before, folder)
             start(folder, to_dict(run), {**run_facts(run.seed, accelerator), **facts}, resume=resume)
     bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
     engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
+    terms = make_terms(run, model, engine)
     if resume:
         engine.restore()
     frame = run.data.frame(model.config.image_size)
@@ -129,15 +177,18 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
         f"of {train_images.name}, {describe_device(accelerator.device)}; everything goes to {folder}",
         main=engine.main)  # fmt: skip
     pictured = pick_images(val_images, frame, PICTURED)
+    painted_before = None
+    if before is not None and engine.main and len(pictured):
+        painted_before = reconstruct(before.to(engine.device), pictured, engine)[-1]  # type: ignore[arg-type]
 
     def look() -> None:
         if engine.due(run.train.picture_every):
-            draw(engine, pictured)
+            draw(engine, pictured, painted_before)
         if evaluator is not None and engine.due(run.eval.every) and not engine.finished:
             engine.judge(lambda: evaluator(model, val_images, run, accelerator))
 
     with engine:
-        engine.run(endless(loader), lambda batches: train_step(engine, criterion, batches), look)
+        engine.run(endless(loader), lambda batches: train_step(engine, criterion, terms, batches), look)
         finish(engine, run, train_images, frame)
         if evaluator is not None:
             engine.judge(lambda: evaluator(model, val_images, run, accelerator), final=True)
@@ -151,14 +202,79 @@ def make_model(run: TokenizerRun, device: torch.device) -> tuple[HieraTok, Token
         ConfigError: values do not fit together.
     """
     model = build_model(run.model)
+    if run.train.freeze:
+        model.encoder.requires_grad_(False)
     criterion = TokenizerLoss(run.loss, model.config.scales, model.config.image_size)
     return model.to(device), criterion.to(device)  # type: ignore[arg-type]
 
 
-def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch]) -> None:
-    """One step of the optimizer, over one or more micro-batches."""
-    engine.model.train()
-    parts = engine.config.accumulation
+def begin_from(run: TokenizerRun, model: HieraTok, resumed: Path | None) -> HieraTok | None:
+    """Give a model the weights of `run.init_from`; the tokenizer that is there, for comparison.
+
+    A run that is `resumed` has its own weights: it goes on although the one that it began from is gone.
+
+    Raises:
+        CheckpointError: there is no model, or it is damaged.
+        ConfigError: its weights are of another shape.
+    """
+    if run.init_from is None:
+        return None
+    try:
+        known = load_tokenizer(run.init_from)
+    except CheckpointError:
+        if resumed is not None and all_steps(resumed / CHECKPOINTS):
+            say(f"{run.init_from}, which this run began from, is gone; pictures will not show it")
+            return None
+        raise
+    theirs, ours = known.state_dict(), model.state_dict()
+    other = [name for name in sorted({*theirs, *ours})
+             if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape]  # fmt: skip
+    if other:
+        before, now = architecture(known), architecture(model)
+        fields = [f"model.{key}: {before[key]!r} there, {now[key]!r} here" for key in now if before[key] != now[key]]
+        raise ConfigError(
+            f"the weights in {run.init_from} are of another model ({', '.join(other[:3])}):\n  "
+            + "\n  ".join(fields) + "\nLeave `model` out of the recipe to take over its own"
+        )  # fmt: skip
+    model.load_state_dict(theirs)
+    return known.requires_grad_(False)
+
+
+def beginning(run: TokenizerRun, before: HieraTok | None, folder: Path) -> dict[str, Any]:
+    """What the record of a run says of the weights that it began with."""
+    if before is None:
+        return dict(read_record(folder).get("init_from", {}))
+    say(f"beginning with the averaged weights of {run.init_from}")
+    return {"path": run.init_from, "sha256": state_sha256(before)}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What stage 2 adds to the loss; None of what the run leaves out."""
+
+    adversary: Adversary | None = None
+    aligner: Aligner | None = None
+
+
+def make_terms(run: TokenizerRun, model: HieraTok, engine: Engine) -> Terms:
+    """The networks of stage 2, which learn within the engine.
+
+    Raises:
+        ConfigError, CheckpointError, MissingDependencyError: a network that cannot be had, or settings that clash.
+    """
+    adversarial, alignment = run.loss.adversarial, run.loss.alignment
+    return Terms(
+        Adversary(adversarial, run.discriminator, model, engine, run.seed) if adversarial.weight else None,
+        Aligner(alignment, model, engine) if alignment.weight else None,
+    )
+
+
+def train_step(engine: Engine, criterion: TokenizerLoss, terms: Terms, batches: Iterator[Batch]) -> None:
+    """One step of the optimizers, over one or more micro-batches."""
+    model, parts = engine.model.train(), engine.config.accumulation
+    assert isinstance(model, HieraTok)
+    model.encoder.train(model.encoder.moments.weight.requires_grad)  # one that is frozen drops no path
+    adversary, aligner = terms.adversary, terms.aligner
     for part in range(parts):
         batch = next(batches)
         images = to_float(batch.images.to(engine.device, non_blocking=True))  # (B, 3, H, W) in [-1, 1]
@@ -168,9 +284,20 @@ def train_step(engine: Engine, criterion: TokenizerLoss, batches: Iterator[Batch
             with engine.autocast():
                 output = engine.forward(images, generator=generators)
                 loss = criterion(output, images)
-            engine.backward(loss.total, loss.terms, batch)
-    grad_norm = engine.clip_gradients()
-    engine.optimizer_step(grad_norm)
+            total, named = loss.total, loss.terms
+            if aligner is not None:
+                aligned, found = aligner.term(loss.reconstruction, output, images)
+                total, named = total + aligned, named | found
+            if adversary is not None:
+                if adversary.config.update == "alternate":
+                    adversary.learn(images, output, batch)
+                    engine.change_weights(engine.clip_gradients(DISCRIMINATOR))
+                judged, found = adversary.term(loss.reconstruction, output, batch)
+                total, named = total + judged, named | found
+            engine.backward(total, named, batch)
+            if adversary is not None and adversary.config.update == "simultaneous":
+                adversary.learn(images, output, batch)
+    engine.optimizer_step(engine.clip_gradients())
 
 
 def pick_images(source: ImageSource, frame: Frame, count: int) -> Tensor:
@@ -182,15 +309,27 @@ def pick_images(source: ImageSource, frame: Frame, count: int) -> Tensor:
     return torch.stack(images) if images else torch.empty(0, 3, frame.image_size, frame.image_size, dtype=torch.uint8)
 
 
-def draw(engine: Engine, images: Tensor) -> None:
-    """A picture of held-out images and their reconstructions at every scale, by the EMA weights."""
+@torch.no_grad()
+def reconstruct(model: HieraTok, images: Tensor, engine: Engine) -> list[Tensor]:
+    """uint8 reconstructions of uint8 images `(B, 3, S, S)` at every scale, coarse to fine, in evaluation mode."""
+    model.eval()
+    with engine.autocast():
+        output = model(to_float(images.to(engine.device)), sample_posterior=False)
+    return [to_uint8(scale) for scale in output.scales]
+
+
+def draw(engine: Engine, images: Tensor, before: Tensor | None) -> None:
+    """A picture of held-out images and their reconstructions at every scale, by the EMA weights.
+
+    `before`: reconstructions by the tokenizer that the run began from, which stand beside them.
+    """
     if not engine.main or len(images) == 0:
         return
-    engine.model.eval()
-    with engine.averaged(), torch.no_grad(), engine.autocast():
-        output = engine.model(to_float(images.to(engine.device)), sample_posterior=False)
-    scales = [to_uint8(scale) for scale in output.scales]
-    grid = reconstruction_grid(images, scales, engine.model.config.scales)  # type: ignore[union-attr,arg-type]
+    model = engine.model
+    assert isinstance(model, HieraTok)
+    with engine.averaged():
+        scales = reconstruct(model, images, engine)
+    grid = reconstruction_grid(images, scales, model.layout.sides, before)
     path = save_picture(grid, engine.folder / "pictures" / f"step-{engine.step:08d}.png")
     assert engine.log is not None
     engine.log.picture(engine.step, path)

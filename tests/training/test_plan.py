@@ -60,6 +60,11 @@ def test_the_length_is_that_of_the_steps_or_of_the_clock_whichever_ends_first(ma
     assert "about 360 steps (160.00 epochs), 3 min" in by_clock.describe()
 
 
+@pytest.mark.parametrize("seconds", [0.00012, 0.02987, 0.05969, 0.5])  # 4 * 0.02987 / 60 * 60 / 0.02987 is below 4
+def test_every_step_is_counted_however_long_one_takes(make_run, seconds):
+    assert make_plan(make_run, "train.steps=4", seconds=seconds).steps == 4
+
+
 @pytest.mark.parametrize(
     ("minutes", "words"),
     [(0.5, "30 s"), (1.4, "84 s"), (4.2, "4 min"), (89, "89 min"), (125, "2 h 05 min"), (60 * 60, "2.5 days")],

@@ -1,0 +1,102 @@
+"""A network that learns within a run: its optimizers, its schedule, and the average of the one that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from . import checkpoint
+from .ema import EMA
+from .schedule import warmup_cosine
+
+MAIN = "model"  # the network that the run is about; any other only helps to train it
+
+
+class Schedule(Protocol):
+    """The settings of a network's optimizer: those of the `train` section, or of a section of its own."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def final_learning_rate(self) -> float: ...
+
+    @property
+    def warmup_ratio(self) -> float: ...
+
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+class Learner:
+    """One of the networks of a run.
+
+    Attributes:
+        network: the bare network; `forward` is the one to call where it learns, which synchronises processes.
+        began: the part of the run that was done when it took its first step; its schedule spans the rest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        schedule: Schedule,
+        accelerator: Accelerator,
+        ema_decay: float = 0.0,
+    ) -> None:
+        self.name, self.network, self.optimizers, self.schedule = name, network, optimizers, schedule
+        self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
+        self.forward = accelerator.prepare_model(network)
+        self.ema = EMA(network, ema_decay) if ema_decay else None
+        self.began: float | None = 0.0 if name == MAIN else None
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a step would change it."""
+        return any(p.grad is not None for p in self.network.parameters())
+
+    def set_rate(self, progress: float) -> None:
+        """The learning rate at a part of the run in [0, 1]."""
+        began = self.began or 0.0
+        rate = warmup_cosine(
+            (progress - began) / max(1 - began, 1e-9),
+            self.schedule.learning_rate, self.schedule.final_learning_rate, self.schedule.warmup_ratio,
+        )  # fmt: skip
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    @property
+    def rate(self) -> float:
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    # What a checkpoint keeps
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """By file of the checkpoint."""
+        prefix = "" if self.name == MAIN else f"{self.name}-"
+        kept: dict[str, Mapping[str, Tensor]] = {
+            self.name: self.network.state_dict(),
+            f"{prefix}optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
+        }
+        if self.ema is not None:
+            kept[f"{prefix}ema"] = self.ema.tensors
+        return kept
+
+    def restore(self, tensors: checkpoint.Tensors, state: Mapping[str, Any], device: torch.device) -> None:
+        """Put back what `tensors` gave, and `began`.
+
+        Raises:
+            KeyError, RuntimeError, CheckpointError: the checkpoint is of other networks.
+        """
+        prefix = "" if self.name == MAIN else f"{self.name}-"
+        self.network.load_state_dict(tensors[self.name])
+        if self.ema is not None:
+            self.ema.load({k: v.to(device) for k, v in tensors[f"{prefix}ema"].items()})
+        checkpoint.restore_optimizers(self.optimizers, self.names, tensors[f"{prefix}optimizer"])
+        self.began = state["began"][self.name]

@@ -97,6 +97,7 @@ def train_on_latents(run: TokenizerRun, minutes: float | None, resume: bool) -> 
     encode(
         tokenizer, generator.data.open("all"), folder / LATENTS, num_workers=run.data.num_workers, precision="bf16",
         seed=run.seed, frame=frame, max_bad_fraction=run.data.max_bad_fraction,
+        flip=generator.data.flip,
     )  # fmt: skip
     testbed.prepare(generator)
     return train_generator(generator, resume=resume, tools=testbed.TOOLS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,8 +96,22 @@ def write_report(
         progress=progress(record, fields["image_size"], len(sides), began="init_from" in record.run),
         commands=commands(record, COMMANDS, source=shlex.quote(str(source))),
         run=record.run,
+        stage2=stage2(record.config),
+        frozen=(record.config.get("train") or {}).get("freeze") == "encoder",
         started=date(record.run.get("started")),
     )
+
+
+def stage2(config: Mapping[str, Any]) -> list[str]:
+    """What a run learned from beside the reconstruction, by the networks' names."""
+    loss, judge = config.get("loss") or {}, config.get("discriminator") or {}
+    learned = []
+    if (loss.get("adversarial") or {}).get("weight"):
+        kind = judge.get("kind", "stylegan")
+        learned.append(f"a {kind} discriminator" + (f" ({judge.get('foundation', 'mini')})" if kind == "dino" else ""))
+    if (loss.get("alignment") or {}).get("weight"):
+        learned.append(f"the features of {(loss['alignment']).get('foundation', 'mini')} (VF loss)")
+    return learned
 
 
 def progress(record: RunRecord, image_size: int, num_scales: int, began: bool) -> Progress | None:

@@ -91,7 +91,8 @@ class Span:
 def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plot]:
     """Plots of a tokenizer's records of `metrics.jsonl` whose kind is `train`, with images seen along the x axis.
 
-    Total loss, reconstruction terms, the terms per scale and KL; a plot without data is left out.
+    Total loss, reconstruction terms, the terms per scale and KL, and the game of stage 2; a plot without data is left
+    out.
 
     Args:
         records: in the order of training.
@@ -105,12 +106,25 @@ def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plo
         Line(f"l1/{side}", f"{side} × {side}", colour)
         for side, colour in zip(sides, scale_colours(max(len(sides), 1)), strict=False)
     ]
+    game = [Line("logits_real", "real", "accent"), Line("logits_fake", "fake", "ink")]
+    weights = [Line("adversarial_weight", "GAN", "accent"), Line("alignment_weight", "VF", "ink")]
+    norms = [Line("grad_norm", "tokenizer", "accent"), Line("grad_norm_discriminator", "discriminator", "ink")]
+    if not any("discriminator" in line or "alignment" in line for line in records):
+        norms = []
     return plots(records, [
         Spec("Total loss", "the weighted sum that is trained on", [Line("loss", "", "accent")]),
         Spec("Reconstruction terms", "before their weights, summed over the scales", terms),
         Spec("L1 per scale", "each scale against the image resized to it, by side of the token map", scales),
         Spec("KL divergence", "of the posterior from the standard normal, nats per image", [Line("kl", "", "ink")],
              logarithmic=False),
+        Spec("Logits of the discriminator", "of real images and of reconstructions: apart, and not too far", game,
+             logarithmic=False),
+        Spec("Accuracy of the discriminator", "a half is blind, 1 has won", [Line("accuracy", "", "accent")],
+             logarithmic=False),
+        Spec("Weights of stage 2", "with the ratio of gradients at the last layer", weights),
+        Spec("Alignment", "marginal cosine and marginal distance matrix",
+             [Line("alignment_cos", "cosine", "accent"), Line("alignment_distance", "distances", "ink")]),
+        Spec("Gradient norms", "before clipping", norms),
     ])  # fmt: skip
 
 

@@ -91,6 +91,9 @@ class Adversary:
                 "which train.accumulation spreads over several batches; use update=simultaneous, or accumulation=1"
             )
         self.config, self.engine, self.seed = config, engine, seed
+        self.name = f"{settings.kind} discriminator"
+        if settings.kind == "dino":
+            self.name += f" on the features of {settings.foundation}"
         self.places = [list(sides).index(side) for side in self.scales]
         self.last_layer = model.decoder.last_layer(self.places[-1])
         network = Judges(
@@ -195,6 +198,7 @@ class Aligner:
             self.network.parameters(), lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), weight_decay=0.0,
             fused=True,
         )  # fmt: skip
+        self.name = f"VF loss against {self.network.foundation.name}"
         self.learner = engine.add(Learner(ALIGNMENT, self.network, [optimizer], train, engine.accelerator))
         self.last_layer = model.encoder.moments.weight
 

@@ -164,6 +164,8 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
     engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
     terms = make_terms(run, model, engine)
+    for name, network in terms.describe().items():
+        say(f"{name} term: {network}", main=engine.main)
     if resume:
         engine.restore()
     frame = run.data.frame(model.config.image_size)
@@ -254,6 +256,11 @@ class Terms:
 
     adversary: Adversary | None = None
     aligner: Aligner | None = None
+
+    def describe(self) -> dict[str, str]:
+        """The networks behind the terms, in words; a stand-in's name is part of them."""
+        named = {"adversarial": self.adversary, "alignment": self.aligner}
+        return {name: term.name for name, term in named.items() if term is not None}
 
 
 def make_terms(run: TokenizerRun, model: HieraTok, engine: Engine) -> Terms:

@@ -160,6 +160,8 @@ def restore_optimizers(
         if name not in parameters:
             raise CheckpointError(f"the optimizer's state has '{name}', which this model has not")
         parameter = parameters[name]
+        if value.shape == parameter.shape:  # laid out in memory as the parameter is, which fused optimizers rely on
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         place = torch.device("cpu") if slot == "step" and parameter.device.type == "cpu" else parameter.device
         owner[parameter].state[parameter][slot] = value.to(place)
 

@@ -153,11 +153,15 @@ class Adversary:
         share = config.weight_at(self.engine.step)
         if not share:
             return reconstruction.new_zeros(()), {}
-        fake = self.augmented([output.scales[place].float() for place in self.places], batch, "judged")
+        painted = [output.scales[place].float() for place in self.places]
+        seen = [image.detach().requires_grad_() for image in painted]
         with frozen(self.network), self.engine.autocast():
-            logits = self.network.discriminators(fake)
+            logits = self.network.discriminators(self.augmented(seen, batch, "judged"))
         terms = self.over_scales("adversarial", [generator_loss(config.loss, one) for one in logits])
-        loss = terms["adversarial"]
+        # Back through the discriminator once, for the adaptive weight and for the step.
+        at_images = torch.autograd.grad(terms["adversarial"], seen)
+        loss = torch.stack([(image * pull).sum() for image, pull in zip(painted, at_images, strict=True)]).sum()
+        loss = loss - loss.detach() + terms["adversarial"].detach()
         weight = reconstruction.new_tensor(share)
         if config.adaptive:
             weight = weight * adaptive_weight(

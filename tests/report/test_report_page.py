@@ -254,3 +254,31 @@ def test_evenly_keeps_the_first_and_the_last():
 )
 def test_figures_have_three_significant_digits(value, text):
     assert figure(value) == text
+
+
+def test_a_run_of_stage_2_shows_the_game_and_the_tokenizer_that_it_began_from(run_folder, images):
+    fill(run_folder, images)
+    game = {"logits_real": 0.5, "logits_fake": -0.5, "accuracy": 0.75, "adversarial_weight": 0.1, "grad_norm": 1.0,
+            "discriminator": 0.9, "grad_norm_discriminator": 2.0}  # fmt: skip
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps({**line, **game}) + "\n" for line in lines))
+    record = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps({**record, "init_from": {"path": "runs/first", "sha256": "0"}}))
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config |= {"loss": {"adversarial": {"weight": 0.6}, "alignment": {"weight": 0.1}}, "train": {"freeze": None},
+               "discriminator": {"kind": "dino"}}  # fmt: skip
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (run_folder / "pictures").iterdir():
+        scales = [images[:, :, : 8 * side, : 8 * side] for side in SIDES]
+        save_picture(reconstruction_grid(images, scales, SIDES, images // 2), path)
+    markup = write_report(run_folder).read_text()
+    text = text_of(markup)
+    for said in (
+        "It began with the averaged weights of runs/first .",
+        "it learned from a dino discriminator (mini) and the features of mini (VF loss).",
+        "Logits of the discriminator", "Accuracy of the discriminator", "Weights of stage 2", "Gradient norms",
+    ):  # fmt: skip
+        assert said in text, said
+    assert [head for head in ("original", "before", "step 10") if f"<b>{head}</b>" in markup] == [
+        "original", "before", "step 10",
+    ]  # fmt: skip

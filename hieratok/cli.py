@@ -306,6 +306,8 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--separate", metavar="FOLDER", help="also write every image as a file of its own here")
     parser.add_argument("--num-images", type=int, metavar="N", help="write a set of N images into the folder --output")
     parser.add_argument("--npz", metavar="FILE", help="with --num-images, also write them as ADM's npz of samples")
+    parser.add_argument("--decoder", metavar="TOKENIZER", help="paint with the decoder of a tokenizer that was trained "
+                        "with train.freeze=encoder from the generator's own")  # fmt: skip
     parser.add_argument("--strip", action="store_true", help="the run's own pictures across training, as one picture")
     add_sampling(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -358,7 +360,7 @@ def run_sample(args: argparse.Namespace) -> None:
         path = sample(
             args.model, args.output or "samples.png", classes=args.classes, per_class=args.per_class,
             scales=args.scales, sampling=sampling_of(args, pictures=True), seed=args.seed, separate=args.separate,
-            device=device_of(args),
+            decoder=args.decoder, device=device_of(args),
         )  # fmt: skip
         print(f"drawn in {path}, seeds and settings in {path.with_suffix('.json')}")
         return
@@ -368,7 +370,7 @@ def run_sample(args: argparse.Namespace) -> None:
     accelerator = accelerator_of_several()
     draw_set(
         args.model, folder, args.num_images, labels=args.labels, sampling=sampling_of(args), seed=args.seed,
-        npz=args.npz, accelerator=accelerator, device=None if accelerator else device_of(args),
+        npz=args.npz, decoder=args.decoder, accelerator=accelerator, device=None if accelerator else device_of(args),
     )  # fmt: skip
     show(f"{args.num_images:,} images in {folder}" + (f" and {args.npz}" if args.npz else ""))
 

@@ -165,6 +165,7 @@ def sample(
     sampling: SamplingConfig | None = None,
     seed: int = 0,
     separate: str | Path | None = None,
+    decoder: str | Path | None = None,
     device: str | None = None,
 ) -> Path:
     """Draw a grid of generated images, a row per class, or with `scales` a row per image and a column per scale.
@@ -180,13 +181,14 @@ def sample(
         sampling: scheduler, steps and guidance (its `guidance_scale`); None is the run's own for pictures.
         seed: the images' seeds follow from it.
         separate: a folder that also gets every image as a file of its own.
+        decoder: a tokenizer to paint with, of the same encoder; see `load_pipeline`.
         device: where to compute; None is where the model is.
 
     Raises:
-        ConfigError: no such class, or a scheduler that does not go with the model.
+        ConfigError: no such class, a scheduler that does not go with the model, or a decoder of other latents.
         CheckpointError: there is no generator at the path.
     """
-    pipeline = load_pipeline(model) if isinstance(model, (str, Path)) else model
+    pipeline = load_pipeline(model, decoder) if isinstance(model, (str, Path)) else model
     if device is not None:
         pipeline.to(torch.device(device))
     if per_class < 1:
@@ -205,9 +207,10 @@ def sample(
     else:
         picture = sample_grid(painted[-1], per_class, names[::per_class])
     path = save_picture(picture, Path(output))
-    record = {
+    record: dict[str, Any] = {
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "generator_sha256": state_sha256(pipeline.transformer),
+        **({} if decoder is None else {"decoder": str(decoder)}),
         "sampling": {**sampler.protocol, "seed": seed},
         "images": [{"class": label, "name": name, "seed": image_seed}
                    for label, name, image_seed in zip(labels, names, seeds, strict=True)],
@@ -298,16 +301,19 @@ def draw_set(
     sampling: SamplingConfig | None = None,
     seed: int = 0,
     npz: str | Path | None = None,
+    decoder: str | Path | None = None,
     accelerator: Accelerator | None = None,
     device: str | None = None,
 ) -> None:
     """`sample_set` of a generator's run or saved pipeline; `npz` also gets the images in ADM's format.
 
+    `decoder`: a tokenizer to paint with, of the same encoder; see `load_pipeline`.
+
     Raises:
         HieratokError: as `load_pipeline` and `sample_set` do.
     """
     run = run_of(Path(model))
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, decoder)
     pipeline.to(accelerator.device if accelerator is not None else torch.device(device or "cpu"))
     counts = class_counts(run) if labels == "data" and run is not None else None
     sampler = Sampler(pipeline, sampling or (run.sampling if run is not None else SamplingConfig()))

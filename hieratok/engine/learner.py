@@ -37,7 +37,8 @@ class Learner:
 
     Attributes:
         network: the bare network; `forward` is the one to call where it learns, which synchronises processes.
-        began: the part of the run that was done when it took its first step; its schedule spans the rest.
+        began: steps and seconds of the run before its own first step; its schedule spans the rest.
+        overflows: steps in a row in which fp16's loss scale was too large for it.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class Learner:
         self.names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
         self.forward = accelerator.prepare_model(network)
         self.ema = EMA(network, ema_decay) if ema_decay else None
-        self.began: float | None = 0.0 if name == MAIN else None
+        self.began: tuple[int, float] | None = (0, 0.0) if name == MAIN else None
+        self.overflows = 0
 
     @property
     def has_gradients(self) -> bool:
         """Whether a step would change it."""
         return any(p.grad is not None for p in self.network.parameters())
 
-    def set_rate(self, progress: float) -> None:
-        """The learning rate at a part of the run in [0, 1]."""
-        began = self.began or 0.0
+    def set_rate(self, progress: float, began: float) -> None:
+        """The learning rate at a part of the run in [0, 1], of a network that began at such a part."""
         rate = warmup_cosine(
             (progress - began) / max(1 - began, 1e-9),
             self.schedule.learning_rate, self.schedule.final_learning_rate, self.schedule.warmup_ratio,
@@ -99,4 +100,5 @@ class Learner:
         if self.ema is not None:
             self.ema.load({k: v.to(device) for k, v in tensors[f"{prefix}ema"].items()})
         checkpoint.restore_optimizers(self.optimizers, self.names, tensors[f"{prefix}optimizer"])
-        self.began = state["began"][self.name]
+        began = state["began"][self.name]
+        self.began = None if began is None else (int(began[0]), float(began[1]))

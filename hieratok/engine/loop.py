@@ -156,7 +156,6 @@ class Engine:
         self._keys: dict[str, None] = {}  # of the samples of this step, in their order
         self._new_bad: list[Any] = []
         self._wrong_losses: dict[str, float] = {}  # those that were not finite
-        self._overflows = 0
         self.log: RunLog | None = None
         self.progress_bar: Progress | None = None
 
@@ -219,9 +218,13 @@ class Engine:
     @property
     def progress(self) -> float:
         """The part of the run that is done, by steps or by the clock, whichever is further."""
+        return self.part_at(self.step, self.elapsed)
+
+    def part_at(self, step: int, elapsed: float) -> float:
+        """The part of the run that so many steps and seconds are."""
         limit = self.config.max_minutes
-        by_clock = self.elapsed / (limit * 60) if limit else 0.0
-        return max(self.step / self.total_steps, by_clock)
+        by_clock = elapsed / (limit * 60) if limit else 0.0
+        return max(step / self.total_steps, by_clock)
 
     @property
     def finished(self) -> bool:
@@ -275,7 +278,7 @@ class Engine:
         """
         norms = {}
         for name, learner in self.learners.items():
-            if name in names or (not names and learner.has_gradients):
+            if learner.has_gradients and (not names or name in names):
                 for optimizer in learner.optimizers:
                     self.scaler.unscale_(optimizer)
                 limit = learner.schedule.max_grad_norm or math.inf
@@ -292,9 +295,10 @@ class Engine:
         norms = {name: float(norm) for name, norm in grad_norms.items()}
         # fp16's loss scale is found by overflowing now and then; such a step changes no weight.
         wrong = {name: norm for name, norm in norms.items() if not math.isfinite(norm)}
-        overflow = bool(wrong) and self.scaler.is_enabled()
-        self._overflows = self._overflows + 1 if overflow else 0
-        norm_is_fatal = bool(wrong) and (not overflow or self._overflows > MOST_OVERFLOWS)
+        for name in norms:
+            learner = self.learners[name]
+            learner.overflows = learner.overflows + 1 if name in wrong and self.scaler.is_enabled() else 0
+        norm_is_fatal = any(not 0 < self.learners[name].overflows <= MOST_OVERFLOWS for name in wrong)
         worst = self._agree(float(bool(self._wrong_losses) or norm_is_fatal), len(self._new_bad))
         if worst[0]:
             facts: dict[str, Any] = {**(self._wrong_losses or {"loss": "finite"}),
@@ -306,8 +310,8 @@ class Engine:
         for name, norm in norms.items():
             learner = self.learners[name]
             if learner.began is None:
-                learner.began = self.progress
-            learner.set_rate(progress)
+                learner.began = (self.step, self.elapsed)
+            learner.set_rate(progress, self.part_at(*learner.began))
             for optimizer in learner.optimizers:
                 if name not in wrong:
                     self.scaler.step(optimizer)

@@ -171,17 +171,19 @@ def adaptive_weight(
     maximum: float,
     eps: float = 1e-4,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """clamp(|d numerator_loss / d p| / (|d loss / d p| + eps), 0, maximum), a scalar without a gradient.
 
     With it `loss` pulls at the parameter p as hard as `numerator_loss` does. Both losses are scalars whose graphs are
     kept. `reduce` averages a gradient over processes, before its norm is taken: the norm of the mean gradient is what
-    counts, and every process must find the same weight.
+    counts, and every process must find the same weight. `scale`: fp16's loss scale, under which gradients are taken.
 
     Source: Esser et al. 2021 (VQGAN, arXiv 2012.09841), Eq. 7; the bounds are those of its code.
     """
     norms = []
     for scalar in (numerator_loss, loss):
-        (gradient,) = torch.autograd.grad(scalar, parameter, retain_graph=True)
+        (gradient,) = torch.autograd.grad(scalar * scale, parameter, retain_graph=True)
+        gradient = gradient / scale
         norms.append((gradient if reduce is None else reduce(gradient)).norm())
     return (norms[0] / (norms[1] + eps)).clamp(0, maximum).detach()

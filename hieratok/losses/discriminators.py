@@ -84,6 +84,11 @@ class Discriminators(nn.Module):
             for side in (sides if sharing == "per_scale" else sides[-1:])
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def foundation(self) -> Foundation:
+        """The frozen network under the heads of `dino`."""
+        return self.networks[0].foundation  # type: ignore[return-value]
+
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         """Logits `(B, K)` for each of the images `(B, 3, side, side)`, one batch per side, coarse to fine."""
         images = [batch.contiguous(memory_format=torch.channels_last) for batch in images]  # a third faster on a CPU

@@ -124,6 +124,8 @@ def progress(record: RunRecord, image_size: int, num_scales: int, began: bool) -
     for path in evenly(record.pictures, MAX_PICTURES):
         with Image.open(path) as picture:
             cut = cut_sheet(picture, image_size, num_scales + 2 + began, top=CAPTION)
+            if cut is None and began and not strips:  # drawn after the earlier tokenizer had gone
+                began, cut = False, cut_sheet(picture, image_size, num_scales + 2, top=CAPTION)
         if cut is None:
             continue
         if not strips:

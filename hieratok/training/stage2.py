@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.loader import Batch
 from ..data.order import sample_seed
@@ -34,6 +35,7 @@ from ..losses.adversarial import (
 from ..losses.alignment import Alignment, AlignmentConfig
 from ..losses.augmentation import augment
 from ..losses.discriminators import Discriminators
+from ..losses.foundation import Foundation
 from ..losses.reconstruction import resize_images
 from ..models.tokenizer import HieraTok, HieraTokOutput
 
@@ -61,11 +63,11 @@ class DiscriminatorConfig(OptimizerConfig):
 
 
 class Judges(nn.Module):
-    """The discriminators of a run and what LeCam remembers of their logits."""
+    """The discriminators of a run and, per scale, what LeCam remembers of their logits."""
 
-    def __init__(self, discriminators: Discriminators, lecam: LeCamAverages | None) -> None:
+    def __init__(self, discriminators: Discriminators, lecam: list[LeCamAverages]) -> None:
         super().__init__()
-        self.discriminators, self.lecam = discriminators, lecam
+        self.discriminators, self.lecam = discriminators, nn.ModuleList(lecam)
 
     def forward(self, real: list[Tensor], fake: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits `(B, K)` of real and of reconstructed images, per judged scale."""
@@ -90,10 +92,12 @@ class Adversary:
                 "loss.adversarial.update=alternate takes the discriminator's step before the tokenizer's gradients, "
                 "which train.accumulation spreads over several batches; use update=simultaneous, or accumulation=1"
             )
+        if config.start_step >= engine.total_steps:
+            raise ConfigError(
+                f"loss.adversarial.start_step is {config.start_step}, and the run has {engine.total_steps} steps: its "
+                f"tokenizer would never meet the discriminator"
+            )
         self.config, self.engine, self.seed = config, engine, seed
-        self.name = f"{settings.kind} discriminator"
-        if settings.kind == "dino":
-            self.name += f" on the features of {settings.foundation}"
         self.places = [list(sides).index(side) for side in self.scales]
         self.last_layer = model.decoder.last_layer(self.places[-1])
         network = Judges(
@@ -101,15 +105,21 @@ class Adversary:
                 [side * patch_size for side in self.scales], settings.kind, config.sharing, settings.width,
                 settings.foundation, settings.foundation_weights,
             ),
-            LeCamAverages(config.lecam_decay) if config.lecam else None,
+            # A step updates them once per micro-batch.
+            [LeCamAverages(config.lecam_decay ** (1 / engine.config.accumulation)) for _ in self.scales]
+            if config.lecam else [],
         ).to(engine.device)  # fmt: skip
+        self.name = f"{settings.kind} discriminator"
+        if settings.kind == "dino":
+            self.name += f" on the features of {named(network.discriminators.foundation)}"
         optimizer = torch.optim.AdamW(
             [p for p in network.parameters() if p.requires_grad], lr=settings.learning_rate,
             betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
         self.network = network
         self.learner = engine.add(Learner(DISCRIMINATOR, network, [optimizer], settings, engine.accelerator))
-        engine.observers.append(Watch(self.learner, engine))
+        self.watch = Watch(self.learner, engine)
+        engine.observers.append(self.watch)
 
     def learn(self, images: Tensor, output: HieraTokOutput, batch: Batch) -> None:
         """Add the discriminators' gradients of a micro-batch: images `(B, 3, H, W)` in [-1, 1] are real."""
@@ -119,11 +129,11 @@ class Adversary:
         self.network.train()
         penalised = config.r1 > 0 and step % config.r1_every == 0
         real = [resize_images(images, output.scales[place].shape[-1]) for place in self.places]
-        real = self.augmented(real, batch, "real")
-        for image in real:
-            image.requires_grad_(penalised)
+        real = [image.detach().requires_grad_(penalised) for image in self.augmented(real, batch, "real")]
         fake = self.augmented([output.scales[place].detach().float() for place in self.places], batch, "fake")
-        with self.engine.autocast():
+        # R1 differentiates twice, which the fast kernels of attention cannot.
+        kernels = sdpa_kernel(SDPBackend.MATH) if penalised else contextlib.nullcontext()
+        with self.engine.autocast(), kernels:
             real_logits, fake_logits = self.learner.forward(real, fake)
         pairs = list(zip(real_logits, fake_logits, strict=True))
         terms = {
@@ -133,10 +143,11 @@ class Adversary:
             **self.over_scales("accuracy", [accuracy(*pair) for pair in pairs]),
         }
         total = terms["discriminator"]
-        if self.network.lecam is not None:
-            average = self.network.lecam
-            penalty = torch.stack([lecam_penalty(*pair, average.real, average.fake) for pair in pairs]).mean()
-            average.update(self.mean(terms["logits_real"].detach()), self.mean(terms["logits_fake"].detach()))
+        if len(self.network.lecam):
+            memory: list[tuple[tuple[Tensor, Tensor], Any]] = list(zip(pairs, self.network.lecam, strict=True))
+            penalty = torch.stack([lecam_penalty(*pair, average.real, average.fake) for pair, average in memory]).mean()
+            for (on_real, on_fake), average in memory:
+                average.update(self.mean(on_real.detach().mean()), self.mean(on_fake.detach().mean()))
             total, terms["lecam"] = total + config.lecam * penalty, penalty
         if penalised:
             penalty = torch.stack([r1_penalty(*pair) for pair in zip(real_logits, real, strict=True)]).mean()
@@ -159,13 +170,14 @@ class Adversary:
             logits = self.network.discriminators(self.augmented(seen, batch, "judged"))
         terms = self.over_scales("adversarial", [generator_loss(config.loss, one) for one in logits])
         # Back through the discriminator once, for the adaptive weight and for the step.
-        at_images = torch.autograd.grad(terms["adversarial"], seen)
-        loss = torch.stack([(image * pull).sum() for image, pull in zip(painted, at_images, strict=True)]).sum()
+        scale = self.engine.scaler.get_scale()
+        at_images = torch.autograd.grad(terms["adversarial"] * scale, seen)
+        loss = torch.stack([(image * pull / scale).sum() for image, pull in zip(painted, at_images, strict=True)]).sum()
         loss = loss - loss.detach() + terms["adversarial"].detach()
         weight = reconstruction.new_tensor(share)
         if config.adaptive:
             weight = weight * adaptive_weight(
-                reconstruction, loss, self.last_layer, config.adaptive_max, reduce=self.mean
+                reconstruction, loss, self.last_layer, config.adaptive_max, reduce=self.mean, scale=scale
             )
         return weight * loss, {**detached(terms), "adversarial_weight": weight}
 
@@ -202,7 +214,7 @@ class Aligner:
             self.network.parameters(), lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), weight_decay=0.0,
             fused=True,
         )  # fmt: skip
-        self.name = f"VF loss against {self.network.foundation.name}"
+        self.name = f"VF loss against {named(self.network.foundation)}"
         self.learner = engine.add(Learner(ALIGNMENT, self.network, [optimizer], train, engine.accelerator))
         self.last_layer = model.encoder.moments.weight
 
@@ -215,13 +227,19 @@ class Aligner:
             weight = weight * adaptive_weight(
                 reconstruction, found.total, self.last_layer, self.config.adaptive_max,
                 reduce=lambda gradient: self.engine.accelerator.reduce(gradient, "mean"),
+                scale=self.engine.scaler.get_scale(),
             )  # fmt: skip
         terms = {"alignment": found.total.detach(), **found.terms, "alignment_weight": weight}
         return weight * found.total, terms
 
 
+def named(foundation: Foundation) -> str:
+    """A frozen network in words: its name and its weights' hash."""
+    return f"{foundation.name} ({foundation.sha256[:8]})"
+
+
 class Watch:
-    """Says when a discriminator has won, or tells nothing apart; once each, when it has lasted."""
+    """Says when a discriminator has won, or tells nothing apart; once each in a run, when it has lasted."""
 
     LASTING = 5  # logged means in a row
     WON = 0.97  # accuracy
@@ -231,19 +249,32 @@ class Watch:
         self.learner, self.engine = learner, engine
         self.lasted = {"won": 0, "collapsed": 0}
 
+    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Look at what a run that goes on had logged before."""
+        for line in lines:
+            if line["kind"] == "train":
+                self.look(line)
+
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Look at what was logged of a step."""
-        if "accuracy" not in values or self.learner.rate <= 0:
-            return
+        """Look at what was logged of a step, and warn."""
+        for state in self.look(values):
+            self.engine.warn(f"{self.said(state, values)} (docs/stage2.md)")
+
+    def look(self, values: Mapping[str, float]) -> list[str]:
+        """The states that have lasted long enough with these values."""
+        if "accuracy" not in values:
+            return []
         apart = abs(values["logits_real"] - values["logits_fake"])
         states = {
             "won": values["accuracy"] >= self.WON,
             "collapsed": abs(values["accuracy"] - 0.5) <= self.BLIND and apart < self.BLIND,
         }
+        reached = []
         for state, holds in states.items():
-            self.lasted[state] = self.lasted[state] + 1 if holds else 0
-            if self.lasted[state] == self.LASTING:
-                self.engine.warn(f"{self.said(state, values)} (docs/stage2.md)")
+            if self.lasted[state] < self.LASTING:  # what has been said stays said
+                self.lasted[state] = self.lasted[state] + 1 if holds else 0
+                reached += [state] * (self.lasted[state] == self.LASTING)
+        return reached
 
     def said(self, state: str, values: Mapping[str, float]) -> str:
         """The warning, with what can be done."""

@@ -26,10 +26,10 @@ from ..data.loader import Batch, endless, train_loader
 from ..data.opening import DataConfig
 from ..data.source import ImageSource
 from ..engine.checkpoint import all_steps
-from ..engine.log import say
+from ..engine.log import METRICS, read_metrics, say
 from ..engine.loop import Engine, Judgement, data_facts, describe_device, make_accelerator, make_engine, run_facts
 from ..engine.pictures import reconstruction_grid, save_picture
-from ..engine.run_folder import CHECKPOINTS, MODEL, load_tokenizer, read_record, run_config, save_model, start
+from ..engine.run_folder import CHECKPOINTS, MODEL, RUN, load_tokenizer, read_record, run_config, save_model, start
 from ..engine.settings import TrainConfig
 from ..errors import CheckpointError, ConfigError
 from ..losses import TokenizerLoss, TokenizerLossConfig
@@ -40,7 +40,7 @@ from ..models.tokenizer import HieraTok
 from .stage2 import DISCRIMINATOR, Adversary, Aligner, DiscriminatorConfig
 
 PICTURED = 8  # held-out images drawn during training
-INHERITED = ("model", "data", "loss", "eval")  # sections that a run has from the one that it began from
+INHERITED = ("model", "data", "loss", "discriminator", "eval")  # what a run has from the one that it began from
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class TokenizerRun:
             CheckpointError: there is no model at `init_from`.
         """
         run = build(TokenizerRun, with_beginning(values))
+        if run.train.freeze and run.init_from is None:
+            raise ConfigError(
+                "train.freeze=encoder keeps what another run has learned; name it: init_from=RUN_OR_MODEL"
+            )
         if run.train.freeze and run.loss.alignment.weight:
             raise ConfigError(
                 "loss.alignment moves the latents, which train.freeze=encoder keeps; set loss.alignment.weight=0"
@@ -116,12 +120,22 @@ def with_beginning(values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get("model") is None:
             raise ConfigError("give the tokenizer to begin from, init_from=RUN_OR_MODEL, or a model: model.preset=NAME")
         return dict(values)
-    known = run_config(path)
-    if known is None and Path(path).is_dir():
-        known = {"model": architecture(load_tokenizer(path))}
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"'init_from' must be the path of a run or of a saved model, got {path!r}")
+    folder = Path(path)
+    if folder.name == MODEL:
+        folder = folder.parent
+    elif folder.parent.name == CHECKPOINTS:
+        folder = folder.parent.parent
+    known = run_config(folder)
+    if known is not None and "tokenizer" in known:
+        raise ConfigError(f"{path} is of the run of a generator; give that of a tokenizer")
+    if known is None:
+        if Path(path).is_dir() or values.get("model") is None:
+            known = {"model": architecture(load_tokenizer(path))}
+        if "source" not in (values.get("data") or {}):
+            raise ConfigError(f"{path} does not say what it was trained on; give the images: data.source=PATH")
     inherited = {key: value for key, value in (known or {}).items() if key in INHERITED}
-    if values.get("model") is None and "model" not in inherited:
-        load_tokenizer(path)  # says what is wrong with it
     return merge(inherited, {key: value for key, value in values.items() if value is not None})
 
 
@@ -154,20 +168,26 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     run.train.micro_batch_size(accelerator.num_processes)
     model, criterion = make_model(run, accelerator.device)  # raises before anything is written
     before = begin_from(run, model, folder if resume else None)
+    record = beginning(run, before, folder, resume)
+    if record is not None and before is not None and record["sha256"] != state_sha256(before):
+        say(f"{run.init_from} has changed since this run began from it; pictures will not show it")
+        before = None
     train_images, val_images = run.data.open_both()
+    bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
+    engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
+    terms = make_terms(run, model, engine)  # it too raises before anything is written
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
             facts: dict[str, Any] = {"data": {**data_facts(train_images), "num_val": len(val_images)}}
-            if run.init_from is not None:
-                facts["init_from"] = beginning(run, before, folder)
+            facts |= {} if record is None else {"init_from": record}
+            facts |= {"terms": terms.describe()} if terms.describe() else {}
             start(folder, to_dict(run), {**run_facts(run.seed, accelerator), **facts}, resume=resume)
-    bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
-    engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
-    terms = make_terms(run, model, engine)
     for name, network in terms.describe().items():
         say(f"{name} term: {network}", main=engine.main)
     if resume:
         engine.restore()
+        if terms.adversary is not None:
+            terms.adversary.watch.recall(read_metrics(folder / METRICS))
     frame = run.data.frame(model.config.image_size)
     loader = train_loader(
         train_images, frame, seed=run.seed, batch_size=run.train.batch_size, accumulation=run.train.accumulation,
@@ -182,6 +202,7 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     painted_before = None
     if before is not None and engine.main and len(pictured):
         painted_before = reconstruct(before.to(engine.device), pictured, engine)[-1]  # type: ignore[arg-type]
+    del before  # a second tokenizer in memory for the whole run would be dear
 
     def look() -> None:
         if engine.due(run.train.picture_every):
@@ -191,6 +212,10 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
 
     with engine:
         engine.run(endless(loader), lambda batches: train_step(engine, criterion, terms, batches), look)
+        if terms.adversary is not None and engine.step <= run.loss.adversarial.start_step:
+            engine.warn(f"the run ended before its tokenizer met the discriminator, at step "
+                        f"{run.loss.adversarial.start_step}; give it more time, or a lower "
+                        f"loss.adversarial.start_step")  # fmt: skip
         finish(engine, run, train_images, frame)
         if evaluator is not None:
             engine.judge(lambda: evaluator(model, val_images, run, accelerator), final=True)
@@ -221,13 +246,16 @@ def begin_from(run: TokenizerRun, model: HieraTok, resumed: Path | None) -> Hier
     """
     if run.init_from is None:
         return None
+    goes_on = resumed is not None and bool(all_steps(resumed / CHECKPOINTS))
     try:
         known = load_tokenizer(run.init_from)
     except CheckpointError:
-        if resumed is not None and all_steps(resumed / CHECKPOINTS):
-            say(f"{run.init_from}, which this run began from, is gone; pictures will not show it")
-            return None
-        raise
+        if not goes_on:
+            raise
+        say(f"{run.init_from}, which this run began from, is gone; pictures will not show it")
+        return None
+    if goes_on:
+        return known.requires_grad_(False)
     theirs, ours = known.state_dict(), model.state_dict()
     other = [name for name in sorted({*theirs, *ours})
              if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape]  # fmt: skip
@@ -242,12 +270,14 @@ def begin_from(run: TokenizerRun, model: HieraTok, resumed: Path | None) -> Hier
     return known.requires_grad_(False)
 
 
-def beginning(run: TokenizerRun, before: HieraTok | None, folder: Path) -> dict[str, Any]:
-    """What the record of a run says of the weights that it began with."""
+def beginning(run: TokenizerRun, before: HieraTok | None, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """What the record of a run says of the weights that it began with; one that goes on has said it."""
+    if resume and (folder / RUN).is_file():
+        return read_record(folder).get("init_from")
     if before is None:
-        return dict(read_record(folder).get("init_from", {}))
+        return None
     say(f"beginning with the averaged weights of {run.init_from}")
-    return {"path": run.init_from, "sha256": state_sha256(before)}
+    return {"path": str(run.init_from), "sha256": state_sha256(before)}
 
 
 @dataclass(frozen=True)

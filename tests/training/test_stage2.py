@@ -122,7 +122,8 @@ def test_the_adversarial_gradient_at_the_last_layer_is_as_long_as_the_reconstruc
         torch.autograd.grad(loss, layer, retain_graph=True)[0].norm() for loss in (judged, found.reconstruction)
     )
     assert float(ours / theirs) == pytest.approx(0.6, rel=0.02)  # eps keeps it a little below
-    assert float(named["adversarial_weight"] * named["adversarial"]) == pytest.approx(float(judged), rel=1e-5)
+    product = float(named["adversarial_weight"] * named["adversarial"])
+    assert product == pytest.approx(float(judged.detach()), rel=1e-5)
 
 
 def test_the_alignments_gradient_at_the_encoders_last_layer_is_a_tenth_of_the_reconstructions(parts):
@@ -156,11 +157,13 @@ def test_chosen_scales_are_judged_each_by_its_own_discriminator(make_run):
 # Time
 
 
-def test_the_tokenizer_meets_the_discriminator_at_its_start_and_the_discriminator_learns_before(make_run):
+@pytest.mark.parametrize("update", ["simultaneous", "alternate"])
+def test_the_tokenizer_meets_the_discriminator_at_its_start_and_the_discriminator_learns_before(make_run, update):
     steps = ("loss.adversarial.discriminator_start_step=2", "loss.adversarial.start_step=4",
              "loss.adversarial.ramp_steps=2", "loss.adversarial.adaptive=false", "train.steps=7",
              "train.log_every=1")  # fmt: skip
-    lines = train_lines(train_tokenizer(make_run(*GAN, *steps)))
+    lines = train_lines(train_tokenizer(make_run(*GAN, *steps, f"loss.adversarial.update={update}")))
+    assert ["grad_norm_discriminator" in line for line in lines] == ["discriminator" in line for line in lines]
     assert ["discriminator" in line for line in lines] == [False, False, True, True, True, True, True]
     assert [line.get("adversarial_weight", 0.0) for line in lines] == pytest.approx([0, 0, 0, 0, 0.3, 0.6, 0.6])
     rates = [line.get("learning_rate_discriminator") for line in lines]
@@ -173,13 +176,24 @@ def test_a_term_that_is_not_in_every_step_is_averaged_over_the_steps_that_it_is_
     assert line["adversarial_weight"] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("update", ["simultaneous", "alternate"])
+def test_a_run_made_longer_keeps_its_discriminator_learning(make_run):
+    settings = ("loss.adversarial.start_step=4", "train.log_every=1")
+    train_tokenizer(make_run(*GAN, *settings, "train.steps=8"))
+    lines = train_lines(train_tokenizer(make_run(*GAN, *settings, "train.steps=24"), resume=True))
+    assert len(lines) == 24 and all(line["learning_rate_discriminator"] > 1e-5 for line in lines[8:20])
+
+
+@pytest.mark.parametrize(
+    ("update", "kind"),
+    [("simultaneous", "patchgan"), ("alternate", "patchgan"), ("simultaneous", "stylegan"), ("simultaneous", "dino")],
+)
 def test_a_run_stopped_on_either_side_of_the_gans_start_goes_on_bit_for_bit(
-    make_run, monkeypatch, assert_same_runs, update
+    make_run, monkeypatch, assert_same_runs, update, kind
 ):
     settings = (
         *EVERYTHING, "loss.lpips=1.0", "loss.adversarial.discriminator_start_step=4", "loss.adversarial.start_step=6",
-        f"loss.adversarial.update={update}", "train.steps=10", "train.log_every=3", "train.ema_decay=0.9",
+        f"loss.adversarial.update={update}", f"discriminator.kind={kind}", "train.steps=10", "train.log_every=3",
+        "train.ema_decay=0.9", "loss.adversarial.scales=[2,4]" if kind == "stylegan" else "train.log_every=3",
     )  # fmt: skip
     clean = train_tokenizer(make_run(*settings, output="clean"))
     stopped = make_run(*settings, output="stopped")
@@ -207,7 +221,9 @@ def test_accumulation_gives_both_networks_the_gradients_of_the_whole_batch(make_
 
 
 def test_two_processes_train_both_networks_as_one_does(make_values, make_run, in_two_processes, tmp_path):
-    settings = (*GAN, "loss.alignment.weight=0.1", "train.steps=4", "train.log_every=1")
+    settings = (*GAN, "loss.alignment.weight=0.1", "train.steps=4", "train.log_every=1",
+                "loss.adversarial.lecam=0.01", "loss.adversarial.r1=0.1", "loss.adversarial.r1_every=2",
+                "loss.adversarial.update=alternate")  # fmt: skip
     one = train_lines(train_tokenizer(make_run(*settings, output="one")))
     in_two_processes(
         "from hieratok.training.tokenizer import TokenizerRun, train_tokenizer\n"
@@ -217,7 +233,9 @@ def test_two_processes_train_both_networks_as_one_does(make_values, make_run, in
     two = train_lines(tmp_path / "two")
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "discriminator", "adversarial_weight", "alignment_weight", "grad_norm_discriminator"):
+        assert a.keys() == b.keys()
+        for name in ("loss", "discriminator", "lecam", "adversarial_weight", "alignment_weight",
+                     "grad_norm_discriminator"):  # fmt: skip
             assert b[name] == pytest.approx(a[name], rel=5e-3), name
 
 
@@ -230,6 +248,21 @@ def test_gradient_checkpointing_serves_the_adaptive_weights_too(make_run):
     for a, b in zip(plain, recomputed, strict=True):
         for name in ("loss", "adversarial_weight", "alignment_weight"):
             assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+def test_a_vit_of_timm_serves_both_terms_and_r1_with_them(make_run, tmp_path):
+    import timm
+
+    network = timm.create_model("test_vit", pretrained=False, img_size=32)
+    timm.models.save_for_hf(network, str(tmp_path / "vit"), safe_serialization=True)
+    settings = ("loss.adversarial.weight=0.6", "discriminator.kind=dino", "loss.adversarial.r1=1",
+                f"discriminator.foundation={tmp_path / 'vit'}", "loss.alignment.weight=0.1",
+                f"loss.alignment.foundation={tmp_path / 'vit'}", "train.steps=2", "train.log_every=1")  # fmt: skip
+    folder = train_tokenizer(make_run(*settings))
+    assert train_lines(folder)[0]["r1"] > 0
+    terms = json.loads((folder / "run.json").read_text())["terms"]
+    assert terms["adversarial"].startswith("dino discriminator on the features of vit (")
+    assert terms["alignment"].startswith("VF loss against vit (")
 
 
 def test_alternating_steps_cannot_be_spread_over_micro_batches(make_run):
@@ -284,7 +317,22 @@ def test_a_discriminator_that_has_won_or_collapsed_is_reported_once_when_it_has_
     watch(9, values(0.75, 1.0, -0.5))  # it recovers, and the count begins again
     for step in range(10, 10 + 3 * Watch.LASTING):
         watch(step, state)
+    watch(40, values(0.75, 1.0, -0.5))
+    for step in range(41, 41 + 2 * Watch.LASTING):
+        watch(step, state)
     assert len(logs.said) == 1 and words in logs.said[0] and "discriminator.learning_rate" in logs.said[0]
+
+
+def test_a_run_that_goes_on_remembers_what_it_had_seen():
+    won = values(0.99, 3.0, -3.0)
+    for before, expected in ((3, 1), (Watch.LASTING, 0)):  # in a streak; warned already
+        logs = Logs()
+        watch = Watch(Rate(), logs)  # type: ignore[arg-type]
+        watch.recall([{"kind": "train", **won}] * before + [{"kind": "eval", "psnr": 20.0}])
+        assert logs.said == []
+        for step in range(Watch.LASTING - before + 1):
+            watch(step, won)
+        assert len(logs.said) == expected
 
 
 def test_a_healthy_game_is_not_reported():
@@ -297,7 +345,7 @@ def test_a_healthy_game_is_not_reported():
 
 
 def test_a_warning_stands_in_the_runs_log(make_run, capsys):
-    settings = ("discriminator.learning_rate=0.01", "loss.adversarial.start_step=300", "train.steps=60",
+    settings = ("discriminator.learning_rate=0.01", "loss.adversarial.start_step=59", "train.steps=60",
                 "loss.adversarial.discriminator_start_step=0", "train.log_every=5", "train.learning_rate=1e-8",
                 "train.final_learning_rate=0")  # fmt: skip
     folder = train_tokenizer(make_run(*GAN, *settings))  # against a tokenizer that stands still
@@ -327,11 +375,32 @@ def test_a_run_begins_with_the_averaged_weights_of_another_and_says_so(make_valu
 
 
 def test_a_saved_model_and_a_checkpoint_are_beginnings_too(make_values, stage1, tmp_path):
-    model = shutil.copytree(stage1 / "model", tmp_path / "given")
-    for path in (model, stage1 / "checkpoints" / "step-00000006"):
+    for path in (stage1 / "model", stage1 / "checkpoints" / "step-00000006"):
         values = make_values(f"init_from={path}", "train.steps=1", output=f"from-{path.name}")
-        del values["model"]
-        assert (train_tokenizer(TokenizerRun.from_mapping(values)) / "model").is_dir()
+        for section in ("model", "data", "loss"):
+            del values[section]
+        run = TokenizerRun.from_mapping(values)
+        assert run.data.source.endswith("images") and run.loss.lpips == 0  # those of the run that they are of
+        assert (train_tokenizer(run) / "model").is_dir()
+    model = shutil.copytree(stage1 / "model", tmp_path / "given")
+    values = make_values(f"init_from={model}", "train.steps=1", output="from-given")
+    del values["model"]
+    assert (train_tokenizer(TokenizerRun.from_mapping(values)) / "model").is_dir()
+    del values["data"]
+    with pytest.raises(ConfigError, match="data.source=PATH"):
+        TokenizerRun.from_mapping(values)
+
+
+def test_a_run_keeps_the_record_of_what_it_began_from_whatever_becomes_of_that(make_run, stage1, capsys):
+    settings = (f"init_from={stage1}", "train.picture_every=0")
+    folder = train_tokenizer(make_run(*settings, "train.steps=2", output="second"))
+    record = json.loads((folder / "run.json").read_text())["init_from"]
+    train_tokenizer(make_run("train.steps=9", "train.ema_decay=0.5", output="stage1"), resume=True)
+    capsys.readouterr()
+    train_tokenizer(make_run(*settings, "train.steps=4", output="second"), resume=True)
+    assert json.loads((folder / "run.json").read_text())["init_from"] == record
+    said = capsys.readouterr().err
+    assert "has changed since" in said and "beginning with" not in said
 
 
 def test_a_run_goes_on_when_the_one_it_began_from_is_gone(make_run, make_values, stage1, monkeypatch, assert_same_runs):
@@ -398,9 +467,43 @@ def test_a_frozen_encoder_leaves_every_latent_as_it_is_to_the_bit_while_the_deco
     assert all(torch.equal(raw[name], p) for name, p in before.encoder.named_parameters(prefix="encoder"))
 
 
+def test_a_decoder_trained_alone_paints_the_latents_of_a_generator(make_run, stage1, tmp_path):
+    from hieratok import DiT, load_pipeline
+    from hieratok.generation.loading import make_pipeline
+    from hieratok.models.autoencoder import Autoencoder
+
+    old = load_tokenizer(stage1)
+    frozen = make_run(f"init_from={stage1}", "train.freeze=encoder", "train.steps=8", output="sharper")
+    moved = make_run(f"init_from={stage1}", "train.steps=8", output="moved")
+    sharper, other = train_tokenizer(frozen), train_tokenizer(moved)
+    assert load_tokenizer(sharper).config.latents_std == old.config.latents_std  # and normalised in the same way
+
+    torch.manual_seed(0)
+    model = DiT(sample_size=4, in_channels=4, out_channels=4, hidden_size=16, num_layers=1, num_heads=2, num_classes=3,
+                latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)  # fmt: skip
+    make_pipeline(model, Autoencoder(old), "flow", ["a", "b", "c"]).save_pretrained(tmp_path / "pipeline")
+
+    def drawn(decoder: Path | None) -> Tensor:
+        pipe = load_pipeline(tmp_path / "pipeline", decoder)
+        noise = torch.Generator().manual_seed(0)
+        return pipe(class_labels=[0, 1], num_inference_steps=2, generator=noise, output_type="pt").images
+
+    assert torch.equal(drawn(stage1), drawn(None)) and not torch.equal(drawn(sharper), drawn(None))
+    with pytest.raises(ConfigError, match="another encoder"):
+        drawn(other)
+    command = ["sample", str(tmp_path / "pipeline"), "--decoder", str(sharper), "--per-class", "1", "--steps", "2"]
+    assert main([*command, "--output", str(tmp_path / "drawn.png")]) == 0
+    assert json.loads((tmp_path / "drawn.json").read_text())["decoder"] == str(sharper)
+
+
+def test_a_frozen_encoder_needs_something_to_keep(make_run):
+    with pytest.raises(ConfigError, match="init_from=RUN"):
+        make_run("train.freeze=encoder")
+
+
 def test_alignment_which_moves_latents_does_not_go_with_a_frozen_encoder(make_run):
     with pytest.raises(ConfigError, match="loss.alignment.weight=0"):
-        make_run("loss.alignment.weight=0.1", "train.freeze=encoder")
+        make_run("loss.alignment.weight=0.1", "train.freeze=encoder", "init_from=anything")
 
 
 # Settings
@@ -415,11 +518,16 @@ def test_alignment_which_moves_latents_does_not_go_with_a_frozen_encoder(make_ru
         ("discriminator.kind=stylegun", "did you mean 'stylegan'"),
         ("train.freeze=decoder", "encoder"),
         ("train.freez=encoder", "did you mean 'freeze'"),
+        ("loss.adversarial.start_step=40", "the run has 40 steps"),
+        ("init_from=20251125", "init_from"),
     ],
 )
-def test_settings_that_do_not_fit_are_errors_that_name_the_field(make_run, override, message):
+def test_settings_that_do_not_fit_are_errors_that_name_the_field_before_anything_is_written(
+    make_run, tmp_path, override, message
+):
     with pytest.raises(ConfigError, match=message):
         train_tokenizer(make_run(*GAN, override))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_discriminator_is_another_run(make_run, monkeypatch):

@@ -232,7 +232,7 @@ def _load_by_name(name: str, weights: str | Path | None) -> tuple[nn.Module, str
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of the hub, the network, the disk
         raise CheckpointError(
-            f"timm cannot get the weights of {name}: {error}; give the path of a file that holds them"
+            f"timm cannot get the weights of {name}: {error}; give a local file of them as foundation_weights"
         ) from error
     return network, _sha256_of_tensors(network.state_dict())
 

@@ -108,7 +108,7 @@ def loss_plots(records: Sequence[Record], sides: Sequence[int] = ()) -> list[Plo
     ]
     game = [Line("logits_real", "real", "accent"), Line("logits_fake", "fake", "ink")]
     weights = [Line("adversarial_weight", "GAN", "accent"), Line("alignment_weight", "VF", "ink")]
-    norms = [Line("grad_norm", "tokenizer", "accent"), Line("grad_norm_discriminator", "discriminator", "ink")]
+    norms = [Line("grad_norm", "tokenizer", "accent"), Line("grad_norm_discriminator", "GAN", "ink")]
     if not any("discriminator" in line or "alignment" in line for line in records):
         norms = []
     return plots(records, [

@@ -335,5 +335,8 @@ def test_without_a_file_the_weights_are_the_hubs(hub_cache, tmp_path):
 
 
 def test_where_the_hub_is_out_of_reach_the_message_asks_for_a_file(hub_cache):
-    with pytest.raises(CheckpointError, match="cannot get the weights of test_vit.r160_in1k.*give a local file of them as foundation_weights"):
+    with pytest.raises(
+        CheckpointError,
+        match="cannot get the weights of test_vit.r160_in1k.*give a local file of them as foundation_weights",
+    ):
         load_foundation("timm:test_vit.r160_in1k", image_size=64, grid_side=4)

@@ -154,6 +154,24 @@ def test_chosen_scales_are_judged_each_by_its_own_discriminator(make_run):
     assert networks == {"0", "1"}
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("model.scales=[4]",),
+        ("model.downsampler=interpolation", "model.attention_pattern=full"),
+        ("model.attention_pattern=scale_independent", "loss.adversarial.scales=[2,4]", "discriminator.kind=stylegan"),
+        ("model.pixel_head=per_scale", "loss.adversarial.scales=[2]", "discriminator.kind=stylegan"),
+        ("loss.adversarial.scales=[1,2,4]", "loss.adversarial.sharing=shared"),
+        ("loss.adversarial.loss=non_saturating", "discriminator.kind=dino"),
+    ],
+)
+def test_every_variant_of_the_model_takes_both_terms(make_run, variant):
+    settings = (*GAN, "loss.alignment.weight=0.1", "train.steps=2", "train.log_every=1", *variant)
+    for line in train_lines(train_tokenizer(make_run(*settings))):
+        assert line["adversarial_weight"] > 0 and line["alignment_weight"] > 0
+        assert line["grad_norm"] > 0 and line["grad_norm_discriminator"] > 0 and line["grad_norm_alignment"] > 0
+
+
 # Time
 
 

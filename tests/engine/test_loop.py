@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from hieratok.data.bad import BadSamples
 from hieratok.data.loader import Batch
 from hieratok.engine import loop
+from hieratok.engine.learner import Learner
 from hieratok.engine.loop import Engine
 from hieratok.engine.settings import TrainConfig
 from hieratok.errors import NonFiniteError
@@ -64,3 +65,52 @@ def test_overflowing_for_ever_stops_the_run(engine, tmp_path):
         for _ in range(loop.MOST_OVERFLOWS + 1):
             step(engine, 1.0)
     assert "a.png" in (tmp_path / "nonfinite.json").read_text()
+
+
+@pytest.fixture
+def other(engine) -> Learner:
+    """A second network that learns in the same steps."""
+    torch.manual_seed(1)
+    network = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return engine.add(Learner("other", network, [optimizer], engine.config, engine.accelerator))
+
+
+def step_of_both(engine: Engine, other: Learner) -> None:
+    for network, name in ((engine.model, "loss"), (other.network, "loss_other")):
+        engine.backward(network(torch.ones(1, 4)).sum(), {}, BATCH, name=name)
+    engine.optimizer_step(engine.clip_gradients())
+
+
+def test_an_overflow_in_one_network_leaves_the_other_learning(engine, other):
+    before = [p.detach().clone() for p in (engine.model.weight, other.network.weight)]
+    other.network.weight.register_hook(lambda grad: grad * torch.inf)
+    step_of_both(engine, other)
+    assert not torch.equal(engine.model.weight, before[0]) and torch.equal(other.network.weight, before[1])
+    assert engine.scaler.get_scale() == 2.0**15
+    assert "grad_norm" in engine._sums and "grad_norm_other" not in engine._sums
+
+
+def test_a_network_that_overflows_for_ever_stops_the_run_whatever_the_others_do(engine, other):
+    other.network.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(NonFiniteError, match="gradient norm_other"):
+        for _ in range(loop.MOST_OVERFLOWS + 1):
+            step_of_both(engine, other)
+
+
+def test_a_network_that_steps_ahead_of_the_others_takes_one_step_all_the_same(engine, other):
+    before = other.network.weight.detach().clone()
+    engine.backward(other.network(torch.ones(1, 4)).sum(), {}, BATCH, name="loss_other")
+    engine.change_weights(engine.clip_gradients("other"))
+    ahead = other.network.weight.detach().clone()
+    assert not torch.equal(ahead, before) and engine.step == 0
+    step(engine, 1.0)
+    assert torch.equal(other.network.weight, ahead) and engine.step == 1
+    assert engine._counts["grad_norm"] == engine._counts["grad_norm_other"] == 1
+
+
+def test_a_network_without_gradients_has_not_begun(engine, other):
+    step(engine, 1.0)
+    assert other.began is None and engine.clip_gradients("other") == {}
+    step_of_both(engine, other)
+    assert other.began == (1, 0.0)

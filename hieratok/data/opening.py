@@ -25,8 +25,8 @@ class DataConfig:
     """The images of a run.
 
     `source`: `openmoji`, or `openmoji-toneless` without the variants in skin tones; an image folder, Parquet or tar
-    files (a file, a folder of them, or a pattern), an `.npz` file
-    of images (`arr_0`, see `data/arrays.py`), or a folder of generated images.
+    files (a file, a folder of them, or a pattern), an `.npz` file of images (`arr_0`, see `data/arrays.py`), or a
+    folder of generated images.
     `val_source`: the held-out images; None keeps `val_fraction` of the source apart, chosen by a hash of each image's
     name, so that it stays the same whatever else is in the set.
     """

@@ -78,15 +78,19 @@ class Learner:
 
     # What a checkpoint keeps
 
+    @property
+    def _prefix(self) -> str:
+        """Of its files in a checkpoint, beside that of its weights."""
+        return "" if self.name == MAIN else f"{self.name}-"
+
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """By file of the checkpoint."""
-        prefix = "" if self.name == MAIN else f"{self.name}-"
         kept: dict[str, Mapping[str, Tensor]] = {
             self.name: self.network.state_dict(),
-            f"{prefix}optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
+            f"{self._prefix}optimizer": checkpoint.optimizer_tensors(self.optimizers, self.names),
         }
         if self.ema is not None:
-            kept[f"{prefix}ema"] = self.ema.tensors
+            kept[f"{self._prefix}ema"] = self.ema.tensors
         return kept
 
     def restore(self, tensors: checkpoint.Tensors, state: Mapping[str, Any], device: torch.device) -> None:
@@ -95,10 +99,9 @@ class Learner:
         Raises:
             KeyError, RuntimeError, CheckpointError: the checkpoint is of other networks.
         """
-        prefix = "" if self.name == MAIN else f"{self.name}-"
         self.network.load_state_dict(tensors[self.name])
         if self.ema is not None:
-            self.ema.load({k: v.to(device) for k, v in tensors[f"{prefix}ema"].items()})
-        checkpoint.restore_optimizers(self.optimizers, self.names, tensors[f"{prefix}optimizer"])
+            self.ema.load({k: v.to(device) for k, v in tensors[f"{self._prefix}ema"].items()})
+        checkpoint.restore_optimizers(self.optimizers, self.names, tensors[f"{self._prefix}optimizer"])
         began = state["began"][self.name]
         self.began = None if began is None else (int(began[0]), float(began[1]))

@@ -268,7 +268,7 @@ class Engine:
         if not torch.isfinite(loss.detach()):
             self._wrong_losses[name] = float(loss.detach())
         for term, value in {name: loss.detach(), **terms}.items():
-            self._count(term, value.detach().float(), 1 / self.config.accumulation)
+            self._count(term, value.float(), 1 / self.config.accumulation)
         self.scaler.scale(loss / self.config.accumulation).backward()
 
     def clip_gradients(self, *names: str) -> dict[str, Tensor]:
@@ -394,7 +394,7 @@ class Engine:
                     raise NonFiniteError(f"step {self.step}: {name} is not finite; no checkpoint was written. Lower "
                                          f"train.learning_rate, then go on with --resume")  # fmt: skip
         names = sorted(self._sums)
-        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "mean") if names else []
+        sums: Tensor | list[Tensor] = self.mean(torch.stack([self._sums[name] for name in names])) if names else []
         if self.main:
             state = {
                 "step": self.step,
@@ -419,6 +419,10 @@ class Engine:
 
     # Between processes
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Over processes."""
+        return self.accelerator.reduce(value, "mean")
+
     def _agree(self, *values: float) -> tuple[float, ...]:
         """The largest of each value over all processes."""
         if self.world_size == 1:
@@ -435,7 +439,7 @@ class Engine:
         assert self.log is not None and self.progress_bar is not None
         names = sorted(self._sums)
         means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        means = self.accelerator.reduce(means, "mean")
+        means = self.mean(means)
         values: dict[str, float] = dict(zip(names, means.tolist(), strict=True))
         self._sums, self._counts, self._steps_summed = {}, {}, 0
         step, elapsed = self._logged_at

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from .settings import TrainConfig
+from .settings import OptimizerConfig, TrainConfig
 
 EMBEDDINGS = ("position", "scale_embedding", "class_embed.weight")
 
@@ -32,9 +34,16 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
             vectors.append(parameter)
     rate, decay = config.learning_rate, config.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    betas = (config.betas[0], config.betas[1])
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [adamw(groups, config)]
     if blocks:
         muon = torch.optim.Muon(blocks, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
+
+
+def adamw(parameters: Any, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW as a section of a recipe says, over parameters, or groups of them with a decay of their own."""
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=True
+    )

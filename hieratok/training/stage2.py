@@ -20,6 +20,7 @@ from ..data.loader import Batch
 from ..data.order import sample_seed
 from ..engine.learner import Learner
 from ..engine.loop import Engine
+from ..engine.optimizers import adamw
 from ..engine.settings import OptimizerConfig
 from ..errors import ConfigError
 from ..losses.adversarial import (
@@ -112,10 +113,7 @@ class Adversary:
         self.name = f"{settings.kind} discriminator"
         if settings.kind == "dino":
             self.name += f" on the features of {named(network.discriminators.foundation)}"
-        optimizer = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad], lr=settings.learning_rate,
-            betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay, fused=True,
-        )  # fmt: skip
+        optimizer = adamw(network.parameters(), settings)
         self.network = network
         self.learner = engine.add(Learner(DISCRIMINATOR, network, [optimizer], settings, engine.accelerator))
         self.watch = Watch(self.learner, engine)
@@ -147,7 +145,7 @@ class Adversary:
             memory: list[tuple[tuple[Tensor, Tensor], Any]] = list(zip(pairs, self.network.lecam, strict=True))
             penalty = torch.stack([lecam_penalty(*pair, average.real, average.fake) for pair, average in memory]).mean()
             for (on_real, on_fake), average in memory:
-                average.update(self.mean(on_real.detach().mean()), self.mean(on_fake.detach().mean()))
+                average.update(*(self.engine.mean(logits.detach().mean()) for logits in (on_real, on_fake)))
             total, terms["lecam"] = total + config.lecam * penalty, penalty
         if penalised:
             penalty = torch.stack([r1_penalty(*pair) for pair in zip(real_logits, real, strict=True)]).mean()
@@ -177,7 +175,7 @@ class Adversary:
         weight = reconstruction.new_tensor(share)
         if config.adaptive:
             weight = weight * adaptive_weight(
-                reconstruction, loss, self.last_layer, config.adaptive_max, reduce=self.mean, scale=scale
+                reconstruction, loss, self.last_layer, config.adaptive_max, reduce=self.engine.mean, scale=scale
             )
         return weight * loss, {**detached(terms), "adversarial_weight": weight}
 
@@ -197,10 +195,6 @@ class Adversary:
         probability = self.config.augment_probability
         return [augment(image, self.config.augment, drawn, probability) for image in images]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Over processes."""
-        return self.engine.accelerator.reduce(value, "mean")
-
 
 class Aligner:
     """The alignment term of a step; its projection learns by the tokenizer's own settings."""
@@ -210,10 +204,7 @@ class Aligner:
         self.config, self.engine = config, engine
         self.network = Alignment(config, int(model.config.latent_channels), size, size // patch_size).to(engine.device)
         train = engine.config
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=train.learning_rate, betas=(train.betas[0], train.betas[1]), weight_decay=0.0,
-            fused=True,
-        )  # fmt: skip
+        optimizer = adamw([{"params": list(self.network.parameters()), "weight_decay": 0.0}], train)
         self.name = f"VF loss against {named(self.network.foundation)}"
         self.learner = engine.add(Learner(ALIGNMENT, self.network, [optimizer], train, engine.accelerator))
         self.last_layer = model.encoder.moments.weight
@@ -226,8 +217,7 @@ class Aligner:
         if self.config.adaptive:
             weight = weight * adaptive_weight(
                 reconstruction, found.total, self.last_layer, self.config.adaptive_max,
-                reduce=lambda gradient: self.engine.accelerator.reduce(gradient, "mean"),
-                scale=self.engine.scaler.get_scale(),
+                reduce=self.engine.mean, scale=self.engine.scaler.get_scale(),
             )  # fmt: skip
         terms = {"alignment": found.total.detach(), **found.terms, "alignment_weight": weight}
         return weight * found.total, terms

@@ -169,20 +169,21 @@ def train_tokenizer(run: TokenizerRun, *, resume: bool = False, evaluator: Evalu
     model, criterion = make_model(run, accelerator.device)  # raises before anything is written
     before = begin_from(run, model, folder if resume else None)
     record = beginning(run, before, folder, resume)
-    if record is not None and before is not None and record["sha256"] != state_sha256(before):
+    if resume and record is not None and before is not None and record["sha256"] != state_sha256(before):
         say(f"{run.init_from} has changed since this run began from it; pictures will not show it")
         before = None
     train_images, val_images = run.data.open_both()
     bad = BadSamples(len(train_images), run.data.max_bad_fraction, folder / "bad_images.jsonl")
     engine = make_engine(run.train, folder, accelerator, model, len(train_images), bad)
     terms = make_terms(run, model, engine)  # it too raises before anything is written
+    networks = terms.describe()
     with accelerator.main_process_first():  # the others then find the run that the main process began
         if accelerator.is_main_process:
             facts: dict[str, Any] = {"data": {**data_facts(train_images), "num_val": len(val_images)}}
             facts |= {} if record is None else {"init_from": record}
-            facts |= {"terms": terms.describe()} if terms.describe() else {}
+            facts |= {"terms": networks} if networks else {}
             start(folder, to_dict(run), {**run_facts(run.seed, accelerator), **facts}, resume=resume)
-    for name, network in terms.describe().items():
+    for name, network in networks.items():
         say(f"{name} term: {network}", main=engine.main)
     if resume:
         engine.restore()
